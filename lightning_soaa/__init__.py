@@ -1,0 +1,10 @@
+"""SOAA: a PyTorch optimizer without a learning rate, and its PyTorch Lightning front door."""
+
+from lightning_soaa.fisher import DiagonalFisher as DiagonalFisher
+from lightning_soaa.optimizer import SOAA as SOAA
+from lightning_soaa.radius import FixedRadius as FixedRadius
+from lightning_soaa.radius import PublishedRadius as PublishedRadius
+from lightning_soaa.radius import RatioRadius as RatioRadius
+from lightning_soaa.report import StepReport as StepReport
+
+__version__ = "0.1.0"

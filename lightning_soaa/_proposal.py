@@ -1,0 +1,242 @@
+"""A step between its gradients and its report: gather, absorb, aim, move, describe. Tensors only, no decision."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa._checks import refuse
+from lightning_soaa._state import STEP, as_real, state_dtype
+from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, gated, norms, wide_dtype
+
+Entry = tuple[int, Tensor]  # index of the parameter group, parameter
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How far one group may go.
+
+    Args:
+        radius: d of the group's direction.
+        lr: what multiplies the direction.
+        decay: share of the parameters that decoupled weight decay takes.
+        bound: what the box of the group measures in units of the parameters, where the metric is Adam's.
+    """
+
+    radius: float
+    lr: float
+    decay: float
+    bound: float
+
+
+@dataclass
+class Proposal:
+    """A proposed step. Its tensors stay on their devices; nothing here has been read by the host.
+
+    Args:
+        buckets: the parameters that have a gradient.
+        base: loss where the step starts, mean over ranks, 0-d, or None.
+        ok: 0-d bool: loss and gradients are finite. Where it is false the step moves nothing.
+        scale: c of step 3, 0-d.
+        sizes: one for each parameter group.
+        directions: u of step 5, one list a bucket; dropped when the step is over.
+    """
+
+    buckets: list[Bucket]
+    base: Tensor | None
+    ok: Tensor
+    scale: Tensor
+    sizes: Sequence[StepSize] = ()
+    directions: list[list[Tensor]] = field(default_factory=list)
+
+    @property
+    def home(self) -> torch.device:
+        """Return the device on which sums over buckets are formed."""
+        return self.buckets[0].device
+
+    def total(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return the sum of small tensors from several devices, on the home device."""
+        return torch.stack([part.to(self.home) for part in parts]).sum(0)
+
+    def release(self) -> None:
+        """Drop gradients and directions, so that a kept proposal holds no memory of its own."""
+        self.directions = []
+        for bucket in self.buckets:
+            bucket.grads = []
+
+
+def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """Return all parameters with a gradient.
+
+    Raises:
+        TypeError: a gradient is sparse; the text names its parameter.
+    """
+    entries = []
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                names = group.get("param_names")
+                name = names[place] if names else f"{place} of group {index}"
+                refuse(
+                    "SOAA", "params", "given dense gradients", f"a {param.grad.layout} of parameter {name}", TypeError
+                )
+            entries.append((index, param))
+    return entries
+
+
+def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: float, *, folds_lr: bool) -> list[StepSize]:
+    """Return how far each group may go at `radius`.
+
+    Where the radius replaces the learning rate (`folds_lr`), lr only sets the groups' proportions and schedule.
+    """
+    sizes = []
+    for group in groups:
+        lr = float(group["lr"])
+        if folds_lr:
+            bound = radius * lr / lr_unit if lr_unit else 0.0
+            sizes.append(StepSize(bound, 1.0, bound * group["weight_decay"], bound))
+        else:
+            sizes.append(StepSize(radius, lr, lr * group["weight_decay"], radius * lr))
+    return sizes
+
+
+def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: DiagonalFisher) -> None:
+    """Give every parameter that has none its fresh state (`state` is modified in place)."""
+    for _, param in entries:
+        if not state[param]:
+            state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
+
+
+def gather(
+    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
+) -> list[Bucket]:
+    """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise."""
+    buckets: dict[tuple[Any, ...], Bucket] = {}
+    for index, param in entries:
+        group, kept = groups[index], state[param]
+        step = kept[STEP] + 1
+        key = (index, param.device, param.dtype, step)
+        if key not in buckets:
+            beta1, beta2 = group["betas"]
+            foreach = group["foreach"] is not False
+            buckets[key] = Bucket(index, step, float(beta1), float(beta2), float(group["eps"]), foreach)
+        bucket = buckets[key]
+        grad = as_real(param.grad).to(state_dtype(param.dtype)) if param.grad is not None else torch.zeros(())
+        bucket.params.append(as_real(param))
+        bucket.grads.append(-grad if group["maximize"] else grad)
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                bucket.state.setdefault(name, []).append(value)
+    return list(buckets.values())
+
+
+def absorb(buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher) -> Proposal:
+    """Let the Fisher absorb all gradients, unless one of them or the loss is not finite (steps 1 and 3)."""
+    home = buckets[0].device
+    proposal = Proposal(
+        buckets, base, ok=torch.ones((), dtype=torch.bool, device=home), scale=torch.ones((), device=home)
+    )
+    squares = proposal.total(norms(bucket.grads, 2, foreach=bucket.foreach).square().sum() for bucket in buckets)
+    proposal.ok = squares.isfinite() if base is None else squares.isfinite() & base.isfinite()
+    for bucket in buckets:
+        fisher.update(bucket, proposal.ok.to(bucket.device))
+    mean, spread = proposal.total(fisher.sums(bucket) for bucket in buckets)
+    proposal.scale = 1 + mean / spread
+    return proposal
+
+
+def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher) -> None:
+    """Set the directions for the given sizes, one for each group (steps 4 and 5)."""
+    proposal.sizes = sizes
+    proposal.directions = [
+        fisher.direction(
+            bucket,
+            proposal.scale.to(bucket.device),
+            proposal.ok.to(bucket.device),
+            sizes[bucket.group].radius,
+        )
+        for bucket in proposal.buckets
+    ]
+
+
+def move(proposal: Proposal, *, decay: bool) -> None:
+    """Move the parameters (step 6), with or without weight decay; nothing moves where the proposal is not ok."""
+    for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True):
+        size = proposal.sizes[bucket.group]
+        keep = gated(proposal.ok.to(bucket.device), 1 - size.decay, 1.0) if decay and size.decay else None
+        if bucket.foreach:
+            if keep is not None:
+                torch._foreach_mul_(bucket.params, keep)
+            torch._foreach_add_(bucket.params, directions, alpha=-size.lr)
+            continue
+        for param, direction in zip(bucket.params, directions, strict=True):
+            if keep is not None:
+                param.mul_(keep)
+            param.add_(direction, alpha=-size.lr)
+
+
+def linear_reduction(proposal: Proposal) -> Tensor:
+    """Return ``-(g . s)`` for the gradient that was absorbed and the step without weight decay, 0-d."""
+    return proposal.total(
+        dots(bucket.grads, directions) * proposal.sizes[bucket.group].lr
+        for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
+    )
+
+
+def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
+    """Return ``lr (sum(mh u) - 1/2 sum(vh u^2))`` (step 10), 0-d.
+
+    The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule as published.
+    """
+    return proposal.total(
+        fisher.model_reduction(bucket, directions) * proposal.sizes[bucket.group].lr
+        for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
+    )
+
+
+def parameter_mean_square(proposal: Proposal) -> Tensor:
+    """Return the mean square of all parameters of the proposal, 0-d; nan without coordinates."""
+    squares = (norms(bucket.params, 2, foreach=bucket.foreach).square().sum() for bucket in proposal.buckets)
+    return proposal.total(squares) / sum(bucket.numel for bucket in proposal.buckets)
+
+
+def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
+    """Bring 0-d tensors to the host, packed into one, None as 0. The only place where a step waits for its device."""
+    wide = wide_dtype(device)
+    zero = torch.zeros((), dtype=wide, device=device)
+    packed = torch.stack([zero if value is None else value.to(device, wide) for value in values])
+    return [float(value) for value in packed.tolist()]
+
+
+def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool) -> dict[str, float]:
+    """Return the statistics of a :class:`StepReport` that need a pass over the state, from the state alone."""
+    always = torch.ones((), dtype=torch.bool, device=proposal.home)
+    rows, squares = [], []
+    for bucket in proposal.buckets:
+        if bucket.numel:
+            scale, size = proposal.scale.to(bucket.device), proposal.sizes[bucket.group]
+            directions = fisher.direction(bucket, scale, always.to(bucket.device), size.radius)
+            squares.append(norms(directions, 2, foreach=bucket.foreach).square().sum().to(proposal.home) * size.lr**2)
+            rows.append(fisher.statistics(bucket, scale, size.radius).to(proposal.home))
+    if not rows:
+        return {}
+    table = torch.stack(rows)
+    columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), torch.stack(squares).sum()]
+    base = torch.tensor(nan) if proposal.base is None else proposal.base
+    low, high, trace, active, square, ok, base_loss = read([*columns, proposal.ok, base], proposal.home)
+    numel = sum(bucket.numel for bucket in proposal.buckets)
+    return {
+        "base_loss": base_loss,
+        "skipped": not ok,
+        "step_norm": square**0.5 if moved and ok else 0.0,
+        "fisher_mean": trace / numel,
+        "fisher_min": low,
+        "fisher_max": high,
+        "fisher_trace": trace,
+        "active_fraction": active / numel,
+    }

@@ -1,0 +1,225 @@
+"""What :class:`~lightning_soaa.SOAA` keeps: names of its state, options of groups, the copy a check restores."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa._checks import check_between, check_nonnegative, check_positive, refuse
+from lightning_soaa.radius import AbstractRadius, Numbers
+
+# Per parameter, always saved, beside the tensors of the Fisher. A plain int: gradients absorbed so far.
+STEP = "step"
+
+# Every group, options.
+BASE_LR = "base_lr"  # lr the group came with; schedulers move lr away from it
+GROUP_RADIUS = "group_radius"  # bound of the group's step in units of the parameters, of the last step
+
+# Group 0, always saved: plain numbers. The radius rule's own numbers follow under RULE + name.
+RADIUS = "radius"
+RULE = "rule_"
+RULE_NAME = "radius_rule"
+LR_UNIT = "lr_unit"  # largest initial lr of all groups at the first step
+STEPS = "steps"
+CHECKS = "checks"
+ACCEPTED_CHECKS = "accepted_checks"
+SKIPPED_STEPS = "skipped_steps"
+TOTAL_TRIALS = "total_trials"
+UNCHECKED_STEPS = "unchecked_steps"
+LAST_PREDICTED = "predicted_reduction"
+LAST_ACTUAL = "actual_reduction"
+
+COUNTERS: Mapping[str, int | float] = {
+    LR_UNIT: 0.0,
+    STEPS: 0,
+    CHECKS: 0,
+    ACCEPTED_CHECKS: 0,
+    SKIPPED_STEPS: 0,
+    TOTAL_TRIALS: 0,
+    UNCHECKED_STEPS: 0,
+    LAST_PREDICTED: 0.0,
+    LAST_ACTUAL: 0.0,
+}
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Check the options of one parameter group.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range; the text names it.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            refuse("SOAA", "lr", "a number or a tensor of one element", tuple(lr.shape))
+        lr = lr.item()
+    check_nonnegative("SOAA", "lr", lr)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        refuse("SOAA", "betas", "a pair of numbers", betas, TypeError)
+    for index, beta in enumerate(betas):
+        check_between("SOAA", f"betas[{index}]", beta, -1e-300, 1, "in [0, 1)")
+    check_positive("SOAA", "eps", group["eps"])
+    check_nonnegative("SOAA", "weight_decay", group["weight_decay"])
+    if group["foreach"] not in {None, True, False}:
+        refuse("SOAA", "foreach", "None, True or False", group["foreach"], TypeError)
+    if not isinstance(group["maximize"], bool):
+        refuse("SOAA", "maximize", "a bool", group["maximize"], TypeError)
+
+
+def initial_lr(group: Mapping[str, Any]) -> float:
+    """Return the lr that a group's schedule starts from: what f = lr / initial_lr is relative to.
+
+    A scheduler that announces its peak (``max_lr``, OneCycleLR) is read relative to the peak.
+    """
+    return float(group.get("max_lr", group.get("initial_lr", group[BASE_LR])))
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of moments for parameters of `dtype`: float32 at least."""
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return torch.promote_types(real, torch.float32)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a view of a complex one with a last dimension of (real, imaginary)."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def scalar_loss(who: str, value: Any) -> Tensor:
+    """Return what closure `who` returned as a detached 0-d real tensor.
+
+    Raises:
+        TypeError: it is not a number or tensor of one element, or it is complex.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            kind = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {kind}")
+        if value.is_complex():
+            raise TypeError(f"SOAA: `{who}` must return a real loss, got a tensor of {value.dtype}")
+        return value.detach().reshape(())
+    if isinstance(value, complex):
+        raise TypeError(f"SOAA: `{who}` must return a real loss, got {value!r}")
+    if not isinstance(value, int | float):
+        raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {value!r}")
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def numbers_of(head: Mapping[str, Any]) -> Numbers:
+    """Return the radius rule's running numbers from group 0."""
+    own = {name.removeprefix(RULE): value for name, value in head.items() if name.startswith(RULE)}
+    return {RADIUS: head[RADIUS], **own}
+
+
+def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:
+    """Keep the radius rule's running numbers in group 0 (`head`, modified in place)."""
+    for name, value in numbers.items():
+        head[name if name == RADIUS else RULE + name] = value
+
+
+def count(head: dict[str, Any], known: dict[str, Any]) -> None:
+    """Count a step in group 0 and complete what is known of it for its report (both modified in place).
+
+    `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` if it has been read, and the ``reductions`` that
+    the decision rests on, if there was one, and the skipped steps ``missed`` since the last read.
+    """
+    head[STEPS] += 1
+    head[TOTAL_TRIALS] += known["trials"]
+    head[SKIPPED_STEPS] += int(known.get("skipped", False)) + int(known.pop("missed", 0))
+    head[CHECKS] += int(known["checked"])
+    head[ACCEPTED_CHECKS] += int(known["checked"] and known["accepted"])
+    head[UNCHECKED_STEPS] = 0 if known["checked"] else head[UNCHECKED_STEPS] + 1
+    reductions = known.pop("reductions", None)
+    if reductions is not None:
+        head[LAST_PREDICTED], head[LAST_ACTUAL] = reductions
+    known |= {"step": head[STEPS], "radius": float(head[RADIUS]), "checks": head[CHECKS]}
+    known |= {"accepted_checks": head[ACCEPTED_CHECKS], "total_trials": head[TOTAL_TRIALS]}
+    if head[LAST_PREDICTED] != 0:
+        known |= {"predicted_reduction": head[LAST_PREDICTED], "actual_reduction": head[LAST_ACTUAL]}
+        known["acceptance_ratio"] = head[LAST_ACTUAL] / head[LAST_PREDICTED]
+
+
+def fill_missing(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], rule: AbstractRadius) -> None:
+    """Give groups the options and numbers that they lack: new ones all, loaded ones what an older state dict had not.
+
+    (`groups` modified in place.)
+    """
+    for group in groups:
+        for name, value in {**defaults, BASE_LR: float(group["lr"]), GROUP_RADIUS: 0.0}.items():
+            group.setdefault(name, value)
+    head = groups[0]
+    for name, value in {**COUNTERS, RULE_NAME: type(rule).__name__}.items():
+        head.setdefault(name, value)
+    for name, value in rule.init(max(initial_lr(group) for group in groups)).items():
+        head.setdefault(name if name == RADIUS else RULE + name, value)
+
+
+def check_origin(incoming: Mapping[str, Any], rule: AbstractRadius) -> None:
+    """Refuse a state dict that is not SOAA's, is of another radius rule, or holds no radius to go on with.
+
+    Raises:
+        ValueError: as said; nothing has been changed.
+    """
+    head = incoming["param_groups"][0]
+    if RADIUS not in head:
+        refuse("SOAA", "state_dict", f"SOAA's own, with `{RADIUS}` in its first group", sorted(head))
+    name = head.get(RULE_NAME, type(rule).__name__)
+    if name != type(rule).__name__:
+        refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
+    check_positive("SOAA", f"state_dict['param_groups'][0]['{RADIUS}']", head[RADIUS])
+
+
+class Snapshot:
+    """A copy of all that a check may have to put back, bit for bit: parameters, moments, ages.
+
+    Args:
+        params: the parameters as given to the optimizer.
+        state: the optimizer's per-parameter state; parameters without one lose theirs on :meth:`restore`.
+
+    Holds as many bytes as parameters and moments together, and is to be dropped before the step returns.
+    """
+
+    def __init__(self, params: Iterable[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+        self._state = state
+        self._params = [(param, param.detach().clone()) for param in params]
+        self._entries = {
+            param: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state[param].items()}
+            for param, _ in self._params
+            if param in state
+        }
+
+    def restore_params(self) -> None:
+        """Put back the parameters alone."""
+        for param, kept in self._params:
+            param.copy_(kept)
+
+    def restore(self) -> None:
+        """Put back parameters and per-parameter state, in place where tensors exist."""
+        self.restore_params()
+        for param, _ in self._params:
+            if param not in self._entries:
+                self._state.pop(param, None)
+                continue
+            for key, value in self._entries[param].items():
+                if isinstance(value, Tensor):
+                    self._state[param][key].copy_(value)
+                else:
+                    self._state[param][key] = value
+
+
+def restore_precision(
+    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Copy floating state from the `incoming` state dict again in the state's own dtype.
+
+    ``Optimizer.load_state_dict`` casts it to the dtype of the parameter, which rounds float32 moments of a bfloat16
+    parameter (`state` is modified in place).
+    """
+    for saved, group in zip(incoming["param_groups"], groups, strict=True):
+        for index, param in zip(saved["params"], group["params"], strict=True):
+            for key, value in incoming["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state[param][key] = value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)

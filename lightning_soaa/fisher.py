@@ -1,0 +1,249 @@
+"""Moments, the diagonal Fisher and the step inside the box. Tensors only: no loss is known here.
+
+Every function takes flat lists of real tensors that share one device, one dtype and one age, and comes twice: a
+for-loop that reads like the formulas, and a ``_foreach`` form of the same operations in the same order, so that both
+agree bit for bit on the CPU. Equation numbers are the steps of the published rule (arXiv 2410.02293):
+
+.. code-block:: text
+
+    1  m <- b1 m + (1-b1) g            v <- b2 v + (1-b2) g*g
+    2  mh = m/(1-b1^t)                 vh = v/(1-b2^t)
+    3  F = c vh,  c = 1 + sum(mh^2)/sum(vh+eps)          both sums over all parameters
+    4  r = max(d F, sqrt(vh))
+    5  u = d mh / (r + eps)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MOMENT = "m"
+SQUARE = "v"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which scalars are kept on `device`: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass
+class Bucket:
+    """Tensors of one parameter group, device, dtype and age, with the scalars that belong to them.
+
+    Args:
+        group: index of the parameter group.
+        step: gradients absorbed by these parameters, the current one included (t of the formulas).
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: the constant of steps 3 and 5.
+        foreach: whether the ``_foreach`` form is used.
+        params: the parameters, as real tensors of any shape.
+        grads: their gradients in the state's dtype, of the same shapes.
+        state: lists of tensors by key, each as long as `params`.
+    """
+
+    group: int
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    foreach: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    state: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def correction1(self) -> float:
+        """Return ``1 - b1^t`` (step 2)."""
+        return 1 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> float:
+        """Return ``1 - b2^t`` (step 2)."""
+        return 1 - self.beta2**self.step
+
+    @property
+    def numel(self) -> int:
+        """Return the number of coordinates."""
+        return sum(tensor.numel() for tensor in self.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of all tensors in the bucket."""
+        return self.params[0].device
+
+
+def norms(tensors: Sequence[Tensor], order: int, *, foreach: bool) -> Tensor:
+    """Return the `order`-norm of each tensor, as one vector in the wide dtype."""
+    if foreach:
+        parts = torch._foreach_norm(list(tensors), order)
+    else:
+        parts = tuple(torch.linalg.vector_norm(tensor, order) for tensor in tensors)
+    return torch.stack(parts).to(wide_dtype(tensors[0].device))
+
+
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Return ``sum_i <left_i, right_i>`` as a 0-d tensor in the wide dtype."""
+    parts = [(a * b).sum() for a, b in zip(left, right, strict=True)]
+    return torch.stack(parts).to(wide_dtype(left[0].device)).sum()
+
+
+def gated(ok: Tensor, value: float, otherwise: float) -> Tensor:
+    """Return `value` where `ok` and `otherwise` elsewhere, 0-d in the wide dtype, without reading `ok` on the host."""
+    wide = torch.full((), value, dtype=wide_dtype(ok.device), device=ok.device)
+    return torch.where(ok, wide, otherwise)
+
+
+def update_moments(
+    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor, *, beta1: float, beta2: float
+) -> None:
+    """Step 1 where `ok`, nothing otherwise; the readable form.
+
+    Args:
+        grads: gradients; not read where `ok` is false, so they may hold nan.
+        m: first moments (modified in place).
+        v: second moments (modified in place).
+        ok: 0-d bool on the tensors' device, so that the host need not know it.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+    """
+    decay1, decay2 = gated(ok, beta1, 1.0), gated(ok, beta2, 1.0)
+    for grad, first, second in zip(grads, m, v, strict=True):
+        clean = torch.where(ok, grad, 0.0)
+        first.mul_(decay1).add_(clean, alpha=1 - beta1)
+        second.mul_(decay2).addcmul_(clean, clean, value=1 - beta2)
+
+
+def update_moments_foreach(
+    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor, *, beta1: float, beta2: float
+) -> None:
+    """:func:`update_moments` by multi-tensor operations (`m` and `v` modified in place)."""
+    clean = [torch.where(ok, grad, 0.0) for grad in grads]
+    torch._foreach_mul_(m, gated(ok, beta1, 1.0))
+    torch._foreach_add_(m, clean, alpha=1 - beta1)
+    torch._foreach_mul_(v, gated(ok, beta2, 1.0))
+    torch._foreach_addcmul_(v, clean, clean, value=1 - beta2)
+
+
+def box_direction(
+    m: list[Tensor],
+    v: list[Tensor],
+    scale: Tensor,
+    ok: Tensor,
+    *,
+    radius: float,
+    correction1: float,
+    correction2: float,
+    eps: float,
+) -> list[Tensor]:
+    """Steps 2, 4 and 5: the minimiser of the diagonal model in the box of `radius`; the readable form.
+
+    ``u_i = d mh_i / (max(d F_i, sqrt(vh_i)) + eps)``, which up to `eps` is the elementwise smaller of the
+    natural-gradient step ``mh/F`` and the box bound ``d mh/sqrt(vh)``.
+
+    Args:
+        m: first moments, uncorrected.
+        v: second moments, uncorrected.
+        scale: c of step 3, 0-d.
+        ok: 0-d bool; where it is false the direction is zero.
+        radius: d.
+        correction1: ``1 - b1^t``.
+        correction2: ``1 - b2^t``.
+        eps: added to the denominator.
+
+    Returns:
+        The direction u for each tensor, newly allocated; the step is ``-lr u``.
+    """
+    fisher_factor, factor = scale * radius, gated(ok, radius / correction1, 0.0)
+    directions = []
+    for first, second in zip(m, v, strict=True):
+        corrected = second / correction2
+        bound = corrected.sqrt()
+        denominator = torch.maximum(corrected.mul_(fisher_factor), bound).add_(eps)
+        directions.append((first / denominator).mul_(factor))
+    return directions
+
+
+def box_direction_foreach(
+    m: list[Tensor],
+    v: list[Tensor],
+    scale: Tensor,
+    ok: Tensor,
+    *,
+    radius: float,
+    correction1: float,
+    correction2: float,
+    eps: float,
+) -> list[Tensor]:
+    """:func:`box_direction` by multi-tensor operations."""
+    denominators = torch._foreach_div(v, correction2)
+    bounds = torch._foreach_sqrt(denominators)
+    torch._foreach_mul_(denominators, scale * radius)
+    torch._foreach_maximum_(denominators, bounds)
+    torch._foreach_add_(denominators, eps)
+    directions = torch._foreach_div(m, denominators)
+    torch._foreach_mul_(directions, gated(ok, radius / correction1, 0.0))
+    return list(directions)
+
+
+@dataclass(frozen=True)
+class DiagonalFisher:
+    """The Fisher of the published rule: Adam's second moment, scaled by the size of the mean gradient (step 3).
+
+    O(n) in memory and time. Keeps two tensors a parameter, ``m`` and ``v``. The gradient of a rejected step stays in
+    them: it was a valid gradient of its batch. Does not see interactions between coordinates.
+    """
+
+    def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the fresh state of one real parameter, in `dtype`."""
+        return {
+            key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format) for key in (MOMENT, SQUARE)
+        }
+
+    def update(self, bucket: Bucket, ok: Tensor) -> None:
+        """Absorb the bucket's gradients where `ok` (step 1; the state is modified in place)."""
+        form = update_moments_foreach if bucket.foreach else update_moments
+        form(bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], ok, beta1=bucket.beta1, beta2=bucket.beta2)
+
+    def sums(self, bucket: Bucket) -> Tensor:
+        """Return ``[sum(mh^2), sum(vh + eps)]`` over the bucket (the two sums of step 3), shape (2,)."""
+        moment = norms(bucket.state[MOMENT], 2, foreach=bucket.foreach).square().sum() / bucket.correction1**2
+        square = norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
+        return torch.stack((moment, square + bucket.eps * bucket.numel))
+
+    def direction(self, bucket: Bucket, scale: Tensor, ok: Tensor, radius: float) -> list[Tensor]:
+        """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
+        form = box_direction_foreach if bucket.foreach else box_direction
+        return form(
+            bucket.state[MOMENT],
+            bucket.state[SQUARE],
+            scale,
+            ok,
+            radius=radius,
+            correction1=bucket.correction1,
+            correction2=bucket.correction2,
+            eps=bucket.eps,
+        )
+
+    def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
+        """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""
+        linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
+        quadratic = dots(bucket.state[SQUARE], [u * u for u in directions]) / bucket.correction2
+        return linear - quadratic / 2
+
+    def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
+        """Return ``[min, max, sum, number of coordinates that F limits]`` of F over a non-empty bucket, shape (4,).
+
+        F limits a coordinate where ``d F > sqrt(vh)`` (step 4): there the model binds, not the radius.
+        """
+        wide, rows = wide_dtype(bucket.device), []
+        for second in bucket.state[SQUARE]:
+            if second.numel():
+                corrected = second / bucket.correction2
+                fisher = corrected * scale
+                active = (fisher * radius > corrected.sqrt()).sum()
+                rows.append(torch.stack([x.to(wide) for x in (fisher.min(), fisher.max(), fisher.sum(), active)]))
+        table = torch.stack(rows)
+        return torch.stack((table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum()))

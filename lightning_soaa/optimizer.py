@@ -1,0 +1,371 @@
+"""SOAA: collects gradients, lets the Fisher propose a step and the radius rule judge it, and owns every mutation."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lightning_soaa import _state as keys
+from lightning_soaa._checks import refuse
+from lightning_soaa._dist import mean_over_ranks
+from lightning_soaa._proposal import (
+    Entry,
+    Proposal,
+    absorb,
+    aim,
+    describe,
+    ensure_state,
+    find_gradients,
+    gather,
+    move,
+    published_reduction,
+    read,
+    step_sizes,
+)
+from lightning_soaa._state import Snapshot, scalar_loss
+from lightning_soaa._trust_region import search
+from lightning_soaa.fisher import DiagonalFisher, wide_dtype
+from lightning_soaa.radius import AbstractRadius, Evidence, Numbers, RatioRadius
+from lightning_soaa.report import StepReport
+
+LossClosure = Callable[[], Any]
+Outcome = tuple[Proposal, Numbers, dict[str, Any]]
+
+# Rounding of a loss is forgiven up to this many units in its last place.
+LOSS_ULPS = 8
+
+
+class SOAA(Optimizer):
+    r"""SecondOrderAdaptiveAdam (arXiv 2410.02293): Adam's moments, a diagonal Fisher, a trust region.
+
+    .. code-block:: text
+
+        m <- b1 m + (1-b1) g          v <- b2 v + (1-b2) g*g           mh, vh: corrected for their start at zero
+        F = (1 + sum(mh^2)/sum(vh+eps)) vh                             sums over all parameters of all groups
+        u = d mh / (max(d F, sqrt(vh)) + eps)                          model minimiser in a box of radius d
+        theta <- theta - lr wd theta - lr u
+
+    The radius rule moves d. Under :class:`~lightning_soaa.RatioRadius` the learning rate is folded into the radius:
+    lr is 1 in the step, ``d = radius * lr / (largest initial lr)`` for each group, and decay is ``d wd theta``.
+
+    A step whose loss or gradient is not finite is skipped: parameters and moments stay as they are. Between checks
+    the host does not wait for the device to learn of it, so the age of the parameters (``state[p]["step"]``) counts
+    such a step there; on a check it does not.
+
+    Args:
+        params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        lr: learning rate (default: 1e-3). Under RatioRadius it only scales where the search for the radius starts;
+            schedulers multiply the step as everywhere.
+        betas: decays of the two moments, each in [0, 1) (default: (0.9, 0.999)).
+        eps: constant in the denominators, > 0 (default: 1e-8).
+        weight_decay: decoupled weight decay, >= 0 (default: 0).
+        radius: the radius rule (default: ``RatioRadius()``).
+        fisher: the Fisher estimate (default: ``DiagonalFisher()``).
+        foreach: multi-tensor operations; None picks them (default: None).
+        maximize: maximise the loss (default: False).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; the text names argument, rule and value.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_soaa import SOAA
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = SOAA([x])
+        >>> loss_closure = lambda: (x * x).sum()
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = loss_closure()
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(200):
+        ...     loss = optimizer.step(closure, loss_closure=loss_closure)
+        >>> bool(loss < 0.1)
+        True
+
+    Does not support sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        radius: AbstractRadius = RatioRadius(),  # noqa: B008  (frozen)
+        fisher: DiagonalFisher = DiagonalFisher(),  # noqa: B008  (frozen)
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        if not isinstance(radius, AbstractRadius):
+            refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
+        if not isinstance(fisher, DiagonalFisher):
+            refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        keys.check_options(defaults)
+        if not isinstance(params, Tensor):
+            params = cast("ParamsT", list(params))
+            if not params:
+                refuse("SOAA", "params", "a non-empty iterable of parameters", params)
+        self.radius_rule, self.fisher_rule = radius, fisher
+        self._forget()
+        super().__init__(params, defaults)
+        keys.fill_missing(self.param_groups, self.defaults, radius)
+
+    def _forget(self) -> None:
+        """Drop all that lives for one step only."""
+        self._bound: tuple[LossClosure, Tensor | None] | None = None
+        self._pending: tuple[Proposal, dict[str, Any]] | None = None
+        self._report: StepReport | None = None
+        self._unread_skips: Tensor | None = None
+
+    @property
+    def radius(self) -> float:
+        """Return the trust-region radius that the next step starts from."""
+        return float(self.param_groups[0][keys.RADIUS])
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """Return what the last step did, None before the first.
+
+        The statistics are computed when first read, which waits for the device once and takes a pass over the state.
+        """
+        if self._pending is not None:
+            proposal, known = self._pending
+            self._settle_skips()
+            lazy = describe(proposal, self.fisher_rule, moved=known["accepted"])
+            lazy["accepted"] = known["accepted"] and not lazy.get("skipped", False)
+            known = {"skipped": False, **known, **lazy, "skipped_steps": self.param_groups[0][keys.SKIPPED_STEPS]}
+            self._pending, self._report = None, StepReport(**known)
+        return self._report
+
+    def bind_loss_closure(self, loss_closure: LossClosure, *, base_loss: Tensor | float | None = None) -> None:
+        """Hand over a loss closure for the next step only, where ``step`` can take no keyword.
+
+        Args:
+            loss_closure: as in :meth:`step`.
+            base_loss: the loss at the current point, if no closure returns it.
+
+        Raises:
+            TypeError: `loss_closure` is not callable, or `base_loss` is no scalar.
+        """
+        if not callable(loss_closure):
+            refuse("SOAA", "loss_closure", "callable", loss_closure, TypeError)
+        self._bound = (loss_closure, None if base_loss is None else scalar_loss("base_loss", base_loss))
+
+    @torch.no_grad()
+    def step(self, closure: LossClosure | None = None, *, loss_closure: LossClosure | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: zeroes gradients, computes the loss and its gradients, returns the loss. Called once, with
+                gradients enabled. Without it, gradients are taken as they are.
+            loss_closure: computes the loss of the same batch, forward only, and returns it. Called as often as the
+                radius rule asks for, without gradients. It must be deterministic and free of side effects.
+
+        Returns:
+            What `closure` returned.
+
+        Raises:
+            TypeError: a closure returns no real scalar, or a gradient is sparse.
+            ValueError: the radius rule needs a loss or a loss closure and was given none.
+
+        An exception in either closure leaves parameters and state as they were before the step.
+        """
+        bound, self._bound = self._bound, None
+        base: Tensor | None = None
+        if loss_closure is None and bound is not None:
+            loss_closure, base = bound
+        blind = closure is None and loss_closure is None and self._blind()
+        if self.radius_rule.needs_trial and loss_closure is None and not blind:
+            raise ValueError(
+                f"SOAA: `loss_closure` must be given under {type(self.radius_rule).__name__}, got None; pass "
+                "step(closure, loss_closure=...), a forward pass on the same batch, or choose FixedRadius()"
+            )
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = closure()
+            base = base if returned is None else scalar_loss("closure", returned)
+        if blind:
+            every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
+            ensure_state(every, self.state, self.fisher_rule)
+        elif entries := find_gradients(self.param_groups):
+            self._take(entries, base, loss_closure)
+        return returned
+
+    def _blind(self) -> bool:
+        """Return whether there is nothing to go by: no gradient, or only zeros where the rule needs a loss.
+
+        torch.distributed.checkpoint steps so to have the state created.
+        """
+        grads = [param.grad for _, param in find_gradients(self.param_groups)]
+        needy = self.radius_rule.needs_trial or self.radius_rule.needs_loss
+        return not grads or (needy and not any(bool(grad.count_nonzero()) for grad in grads if grad is not None))
+
+    def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
+        """Take a step on the given gradients; `base` is the loss they belong to, if known."""
+        rule, head, trials = self.radius_rule, self.param_groups[0], 0
+        check = rule.needs_trial and rule.check_due(keys.numbers_of(head), head[keys.UNCHECKED_STEPS])
+        if base is None and (check or rule.needs_loss):
+            if loss_closure is None:
+                raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
+            base, trials = scalar_loss("loss_closure", loss_closure()), 1
+        if check and base is not None and loss_closure is not None:
+            proposal, numbers, known = self._checked_step(entries, base, loss_closure)
+        else:
+            proposal, numbers, known = self._plain_step(entries, base)
+        known["trials"] += trials
+        proposal.release()
+        for group, size in zip(self.param_groups, proposal.sizes, strict=True):
+            group[keys.GROUP_RADIUS] = size.bound
+        head[keys.LR_UNIT] = self._lr_unit()
+        keys.store_numbers(head, numbers)
+        keys.count(head, known)
+        self._pending, self._report = (proposal, known), None
+
+    def _lr_unit(self) -> float:
+        """Return the lr that counts as 1 under a rule that folds it: the largest initial one at the first step."""
+        return float(self.param_groups[0][keys.LR_UNIT] or max(keys.initial_lr(group) for group in self.param_groups))
+
+    def _schedule(self) -> float:
+        """Return what the schedulers multiply the step of the group with the largest one by."""
+        unit = self._lr_unit()
+        return max(float(group["lr"]) for group in self.param_groups) / unit if unit else 0.0
+
+    def _reduced(self, loss: Tensor, home: torch.device) -> Tensor:
+        """Return a loss to be minimised, mean over ranks, 0-d in the wide dtype."""
+        loss = loss.to(home, wide_dtype(home))
+        return mean_over_ranks(-loss if self.param_groups[0]["maximize"] else loss)
+
+    def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
+        """Update the moments where everything is finite and return what can be proposed."""
+        ensure_state(entries, self.state, self.fisher_rule)
+        base = None if base is None else self._reduced(base, entries[0][1].device)
+        return absorb(gather(entries, self.param_groups, self.state), base, self.fisher_rule)
+
+    def _aim(self, proposal: Proposal, radius: float) -> None:
+        """Set the proposal's directions at `radius`."""
+        sizes = step_sizes(self.param_groups, radius, self._lr_unit(), folds_lr=self.radius_rule.folds_lr)
+        aim(proposal, sizes, self.fisher_rule)
+
+    def _age(self, entries: list[Entry]) -> None:
+        """Count the gradient that was absorbed."""
+        for _, param in entries:
+            self.state[param][keys.STEP] += 1
+
+    def _plain_step(self, entries: list[Entry], base: Tensor | None) -> Outcome:
+        """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
+        rule, numbers = self.radius_rule, keys.numbers_of(self.param_groups[0])
+        known: dict[str, Any] = {"checked": False, "accepted": True, "trials": 0}
+        proposal = self._absorb(entries, base)
+        self._aim(proposal, numbers["radius"])
+        move(proposal, decay=True)
+        if rule.needs_loss and base is not None:
+            predicted = published_reduction(proposal, self.fisher_rule)
+            loss, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
+            known |= {"skipped": not ok, "accepted": bool(ok)}
+            if ok:
+                beta1, eps = self.defaults["betas"][0], self.defaults["eps"]
+                decision = rule.update(numbers, Evidence(base=loss, predicted=promised, beta1=beta1, eps=eps))
+                numbers, known["reductions"] = decision.numbers, decision.reductions
+        else:
+            skipped = proposal.ok.logical_not().to(torch.int64)
+            self._unread_skips = skipped if self._unread_skips is None else self._unread_skips + skipped
+        if not known.get("skipped", False):
+            self._age(entries)
+        return proposal, numbers, known
+
+    def _checked_step(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure) -> Outcome:
+        """Take a step whose trial loss is evaluated; an exception in `loss_closure` undoes all of it."""
+        snapshot = Snapshot([param for _, param in entries], self.state)
+        noise = LOSS_ULPS * torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0
+        try:
+            proposal = self._absorb(entries, base)
+            numbers, known = search(
+                proposal,
+                snapshot,
+                self.radius_rule,
+                keys.numbers_of(self.param_groups[0]),
+                aim=self._aim,
+                trial_loss=lambda: self._reduced(scalar_loss("loss_closure", loss_closure()), proposal.home),
+                evidence=Evidence(base=0.0, predicted=0.0, noise=noise, schedule=self._schedule()),
+                unread=self._unread_skips,
+            )
+            self._unread_skips = None
+        except BaseException:
+            snapshot.restore()
+            raise
+        if known["skipped"]:
+            snapshot.restore()
+        else:
+            self._age(entries)
+        return proposal, numbers, known
+
+    def _settle_skips(self) -> None:
+        """Bring the count of steps that were skipped between reads to the host."""
+        if self._unread_skips is not None:
+            self.param_groups[0][keys.SKIPPED_STEPS] += int(self._unread_skips.item())
+            self._unread_skips = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, also in mid-training; options it does not name are those of the defaults.
+
+        Raises:
+            TypeError: an option has the wrong type.
+            ValueError: an option is out of range, or `maximize` differs from the other groups'.
+        """
+        merged = {**self.defaults, **param_group}
+        keys.check_options(merged)
+        if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
+            refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
+        super().add_param_group({keys.BASE_LR: float(merged["lr"]), keys.GROUP_RADIUS: 0.0, **param_group})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
+        self._settle_skips()
+        state: dict[str, Any] = super().state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; float32 moments stay float32 whatever the parameters are.
+
+        Raises:
+            ValueError: it is not SOAA's, belongs to another radius rule, or groups and parameters do not match; the
+                optimizer is as before.
+        """
+        incoming: dict[str, Any] = {}
+
+        def take(_: Optimizer, final: dict[str, Any]) -> None:
+            keys.check_origin(final, self.radius_rule)
+            incoming.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(take)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        keys.restore_precision(incoming, self.param_groups, self.state)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle_skips()
+        return {**super().__getstate__(), "radius_rule": self.radius_rule, "fisher_rule": self.fisher_rule}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        keys.fill_missing(self.param_groups, self.defaults, self.radius_rule)
