@@ -1,0 +1,94 @@
+"""The layers of the package, read off its imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_soaa
+
+PACKAGE = Path(lightning_soaa.__file__).parent
+TORCH = {"torch"}
+FRONT = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "rich", "numpy"}
+
+# module: (modules of the package it may import, third-party packages it may import)
+LAYERS = {
+    "_checks": (set(), TORCH),
+    "_dist": (set(), TORCH),
+    "report": (set(), TORCH),
+    "fisher": ({"_checks", "_dist"}, TORCH),
+    "radius": ({"_checks"}, set()),
+    "_state": ({"_checks", "fisher", "radius"}, TORCH),
+    "_proposal": ({"_checks", "_dist", "_state", "fisher"}, TORCH),
+    "_trust_region": ({"_proposal", "_state", "radius"}, TORCH),
+    "optimizer": (
+        {"_checks", "_dist", "report", "fisher", "radius", "_state", "_proposal", "_trust_region"},
+        TORCH,
+    ),
+    "trial": ({"_checks"}, FRONT),
+    "_compat": ({"_checks"}, FRONT),
+    "_setup": ({"_checks", "_compat", "optimizer", "monitor"}, FRONT),
+    "_closures": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
+    "module": ({"_checks", "_compat", "_setup", "_closures", "optimizer", "trial", "monitor"}, FRONT),
+    "metrics": ({"report"}, FRONT),
+    "console": (set(), {"rich"}),
+    "monitor": ({"_checks", "report", "metrics", "console", "_compat"}, FRONT),
+    "__init__": (
+        {"fisher", "radius", "report", "optimizer", "module", "monitor"},
+        set(),
+    ),
+}
+
+
+def imports(path):
+    """Return (modules of the package, third-party top-level names, full names) that a file imports anywhere."""
+    own, foreign, full = set(), set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            full.add(name)
+            if top == "lightning_soaa":
+                own.add(rest[0])
+            else:
+                foreign.add(top)
+    return own, foreign, full
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_module_imports_only_what_its_layer_may(path):
+    import sys
+
+    allowed_own, allowed_foreign = LAYERS[path.stem]
+    own, foreign, _ = imports(path)
+    assert own <= allowed_own
+    assert foreign - set(sys.stdlib_module_names) <= allowed_foreign
+
+
+def test_only_dist_knows_torch_distributed():
+    users = {path.stem for path in PACKAGE.glob("*.py") if any("torch.distributed" in n for n in imports(path)[2])}
+    assert users == {"_dist"}
+
+
+def test_no_module_is_imported_by_a_module_below_it():
+    order = list(LAYERS)
+    for name, (own, _) in LAYERS.items():
+        assert all(order.index(other) < order.index(name) or other in {"monitor"} for other in own), name
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_module_has_no_print_assert_or_bare_except(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"print", "hasattr"}
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.id if isinstance(node.type, ast.Name) else None
+            assert caught not in {None, "Exception"}
+            assert caught != "BaseException" or isinstance(node.body[-1], ast.Raise)
