@@ -118,6 +118,8 @@ def gather(
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise."""
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for index, param in entries:
+        if param.grad is None:
+            continue
         group, kept = groups[index], state[param]
         step = kept[STEP] + 1
         key = (index, param.device, param.dtype, step)
@@ -126,7 +128,7 @@ def gather(
             foreach = group["foreach"] is not False
             buckets[key] = Bucket(index, step, float(beta1), float(beta2), float(group["eps"]), foreach)
         bucket = buckets[key]
-        grad = as_real(param.grad).to(state_dtype(param.dtype)) if param.grad is not None else torch.zeros(())
+        grad = as_real(param.grad).to(state_dtype(param.dtype))
         bucket.params.append(as_real(param))
         bucket.grads.append(-grad if group["maximize"] else grad)
         for name, value in kept.items():
