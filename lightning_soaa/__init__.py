@@ -1,6 +1,8 @@
 """SOAA: a PyTorch optimizer without a learning rate, and its PyTorch Lightning front door."""
 
 from lightning_soaa.fisher import DiagonalFisher as DiagonalFisher
+from lightning_soaa.module import SOAAMixin as SOAAMixin
+from lightning_soaa.monitor import TrustRegionMonitor as TrustRegionMonitor
 from lightning_soaa.optimizer import SOAA as SOAA
 from lightning_soaa.radius import FixedRadius as FixedRadius
 from lightning_soaa.radius import PublishedRadius as PublishedRadius

@@ -1,0 +1,128 @@
+"""The one place that knows Lightning's internals. Imports neither package, so that a module of either one works.
+
+Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate`` and, of
+``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_optimizer_step``, ``optim_progress``,
+``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``; ``_current_fx_name`` and
+``_compiler_ctx`` of a module.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+PRECISIONS = frozenset({"Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"})
+
+
+def lightning(trainer: Any, name: str) -> ModuleType:
+    """Return module `name` of the Lightning package that `trainer` comes from."""
+    package = type(trainer.fit_loop).__module__.removesuffix(".loops.fit_loop")
+    return import_module(f"{package}.{name}")
+
+
+def is_fitting(trainer: Any) -> bool:
+    """Return whether `trainer` runs ``fit``, not ``validate``, ``test`` or ``predict``."""
+    return bool(trainer.state.fn == "fit")
+
+
+def is_default(function: Any) -> bool:
+    """Return whether `function` is the one that LightningModule itself defines."""
+    return function.__module__ in {f"{package}.core.module" for package in PACKAGES}
+
+
+def is_lightning(obj: object, names: frozenset[str]) -> bool:
+    """Return whether `obj` is an instance of one of Lightning's own classes in `names`, not of a subclass."""
+    kind = type(obj)
+    return kind.__name__ in names and kind.__module__.startswith(PACKAGES)
+
+
+def info(trainer: Any, text: str) -> None:
+    """Log one line at level INFO on the first process."""
+    lightning(trainer, "utilities.rank_zero").rank_zero_info(text)
+
+
+def warn(trainer: Any, text: str) -> None:
+    """Warn on the first process."""
+    lightning(trainer, "utilities.rank_zero").rank_zero_warn(text)
+
+
+def automatic_loop(trainer: Any) -> Any:
+    """Return the loop that automatic optimization would run; it counts the steps."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization
+
+
+def level_steps(trainer: Any) -> None:
+    """Set the count of steps that ``global_step`` reads inside a batch to the one it reads around it."""
+    total = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    total.ready = total.completed = automatic_loop(trainer).optim_progress.optimizer_steps
+
+
+def result_of(trainer: Any, output: Any) -> Any:
+    """Return what `training_step` returned, validated, with the loss divided by the micro-batches of a step."""
+    return automatic_loop(trainer).output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)
+
+
+def make_closure(trainer: Any, step: Callable[[], Any], backward: Any, zero_grad: Any) -> Any:
+    """Return Lightning's closure: `step`, `zero_grad` if given, `backward` if given and there is a loss."""
+    return import_module(type(automatic_loop(trainer)).__module__).Closure(step, backward, zero_grad)
+
+
+def make_zero_grad(trainer: Any, optimizer: Any) -> Callable[[], None] | None:
+    """Return what zeroes the gradients with all hooks around it; None unless a micro-batch is the step's first."""
+    batch_idx = trainer.fit_loop.epoch_loop.batch_idx
+    zero_grad: Callable[[], None] | None = automatic_loop(trainer)._make_zero_grad_fn(batch_idx, optimizer)
+    return zero_grad
+
+
+def optimizer_step(trainer: Any, closure: Callable[[], Any]) -> None:
+    """Call the hook ``optimizer_step``, which steps the LightningOptimizer, and count the step."""
+    automatic_loop(trainer)._optimizer_step(trainer.fit_loop.epoch_loop.batch_idx, closure)
+
+
+def accumulating(trainer: Any) -> bool:
+    """Return whether this batch leaves its gradients for a later batch to step on."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def forward_only(trainer: Any) -> bool:
+    """Return whether this epoch only collects statistics (StochasticWeightAveraging with batch normalisation)."""
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def without_sync(trainer: Any) -> AbstractContextManager[None]:
+    """Return the context for a backward whose gradients are not averaged over ranks yet."""
+    context: AbstractContextManager[None] = lightning(trainer, "loops.utilities")._block_parallel_sync_behavior(
+        trainer.strategy, block=True
+    )
+    return context
+
+
+@contextmanager
+def training_step_context(module: Any) -> Iterator[None]:
+    """Enter what surrounds the user's `training_step`: the precision plugin and the name that logging goes by."""
+    name, module._current_fx_name = module._current_fx_name, "training_step"
+    try:
+        with module.trainer.precision_plugin.train_step_context():
+            yield
+    finally:
+        module._current_fx_name = name
+
+
+@contextmanager
+def outside_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Leave the precision plugin's context, in which Lightning calls `training_step`.
+
+    Backward, hooks and optimizer run outside of it under automatic optimization: without autocast, and with `dtype` as
+    the default dtype.
+    """
+    inner = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        torch.set_default_dtype(dtype)
+        stack.callback(torch.set_default_dtype, inner)
+        yield

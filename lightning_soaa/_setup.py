@@ -1,0 +1,166 @@
+"""What the mixin settles before the first batch: flags it cannot carry, the optimizer, the monitor."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_soaa import _compat
+from lightning_soaa.optimizer import SOAA
+
+
+def refuse(flag: str, rule: str, value: str, remedy: str) -> NoReturn:
+    """Raise ``SOAAMixin: `flag` must be rule, got value; remedy``."""
+    raise ValueError(f"SOAAMixin: `{flag}` must be {rule}, got {value}; {remedy}")
+
+
+def refuse_unsupported(module: Any, trainer: Any) -> None:
+    """Refuse what the mixin does not carry, at the start of a fit.
+
+    Raises:
+        ValueError: the text names the flag and the remedy.
+    """
+    if module._soaa_choice:
+        refuse(
+            "automatic_optimization",
+            "left unset",
+            "True",
+            "automatic mode is not supported yet: remove the assignment (set it to False only to step SOAA yourself)",
+        )
+    kind = type(trainer.strategy).__name__
+    if not _compat.is_lightning(trainer.strategy, frozenset({"SingleDeviceStrategy"})):
+        refuse("Trainer(strategy=...)", "on a single device", kind, "not supported yet: use devices=1, strategy='auto'")
+    plugin, name = trainer.precision_plugin, type(trainer.precision_plugin).__name__
+    supported = "32-true, 64-true, 16-true, bf16-true or bf16-mixed"
+    if not _compat.is_lightning(plugin, _compat.PRECISIONS):
+        refuse("Trainer(precision=...)", supported, name, "not supported yet: use one of these")
+    if getattr(plugin, "scaler", None) is not None:
+        refuse(
+            "Trainer(precision=...)", supported, f"{plugin.precision} with a GradScaler", "use precision='bf16-mixed'"
+        )
+    if module._compiler_ctx is not None:
+        refuse(
+            "torch.compile",
+            "applied to parts of the LightningModule",
+            "the whole module",
+            "compile a part, as in self.net = torch.compile(self.net)",
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        refuse(
+            "training_step",
+            "a function of the batch",
+            "the signature with dataloader_iter",
+            "a trial needs the batch again: use training_step(self, batch, batch_idx)",
+        )
+
+
+def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
+    """Return the module's `callbacks` and a TrustRegionMonitor, unless there or among those `present` is one."""
+    from lightning_soaa.monitor import TrustRegionMonitor
+
+    own = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    if any(isinstance(callback, TrustRegionMonitor) for callback in [*own, *present]):
+        return callbacks
+    return [*own, TrustRegionMonitor()]
+
+
+def make_soaa(module: Any, params: Any) -> SOAA:
+    """Return what `configure_soaa` makes of `params`.
+
+    Raises:
+        ValueError: it is not a SOAA.
+    """
+    optimizer = module.configure_soaa(params)
+    if not isinstance(optimizer, SOAA):
+        refuse("configure_soaa", "a function that returns a SOAA", type(optimizer).__name__, "return SOAA(params, ...)")
+    return optimizer
+
+
+def with_soaa(module: Any, config: Any) -> Any:
+    """Return what `configure_optimizers` returned, in the same form, with its optimizer replaced by a SOAA.
+
+    Parameter groups keep their numbers, and schedulers go on with the new optimizer. A SOAA is kept as it is.
+
+    Raises:
+        ValueError: there is no optimizer, or more than one.
+    """
+    found = optimizers_in(config)
+    if len(found) != 1:
+        refuse(
+            "configure_optimizers",
+            "one that returns one optimizer, or left out",
+            f"{len(found)} optimizers",
+            "to step several, set automatic_optimization = False and write the steps in training_step",
+        )
+    old = getattr(found[0], "optimizer", found[0])  # LightningOptimizer wraps
+    if isinstance(old, SOAA):
+        return config
+    new = make_soaa(module, [kept_options(group) for group in old.param_groups])
+    move_schedulers(config, old, new)
+    _accept_schedulers(new)
+    if module._trainer is not None:
+        text = f"SOAAMixin: {type(old).__name__} of `configure_optimizers` is replaced by SOAA"
+        _compat.info(module._trainer, f"{text}; parameter groups and learning-rate schedulers are kept.")
+    return _replaced(config, found[0], new)
+
+
+def optimizers_in(config: Any) -> list[Any]:
+    """Return the optimizers in any of the forms that `configure_optimizers` may return."""
+    if isinstance(config, Optimizer):
+        return [config]
+    if isinstance(config, dict):
+        return optimizers_in(config.get("optimizer"))
+    if isinstance(config, list | tuple):
+        return [optimizer for item in config for optimizer in optimizers_in(item)]
+    return []
+
+
+def kept_options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters, numbers and names of a parameter group, without the replaced optimizer's switches."""
+    kept = {"params", "param_names", "betas", "maximize"}
+    return {
+        name: value
+        for name, value in group.items()
+        if name in kept or (isinstance(value, int | float | str | Tensor) and not isinstance(value, bool))
+    }
+
+
+def move_schedulers(item: Any, old: Optimizer, new: Optimizer) -> None:
+    """Point the schedulers in `item` from `old` to `new`, those inside of other schedulers too."""
+    if isinstance(item, dict):
+        item = list(item.values())
+    if isinstance(item, list | tuple):
+        for part in item:
+            move_schedulers(part, old, new)
+    elif not isinstance(item, Optimizer) and getattr(item, "optimizer", None) is old:
+        item.optimizer = new
+        for part in vars(item).values():
+            if isinstance(part, list | tuple | LRScheduler):
+                move_schedulers(part, old, new)
+
+
+def _accept_schedulers(optimizer: Optimizer) -> None:
+    """Let torch see that `optimizer` steps before its schedulers do; otherwise the first of their steps warns.
+
+    A scheduler installs that on the optimizer it is made for. One that is made here on a stand-in group and thrown
+    away does so for those that were made for another optimizer.
+    """
+    groups, optimizer.param_groups = optimizer.param_groups, [{"params": [], "lr": 1.0}]
+    try:
+        LambdaLR(optimizer, lambda _: 1.0)
+    finally:
+        optimizer.param_groups = groups
+
+
+def _replaced(config: Any, old: Any, new: SOAA) -> Any:
+    """Return a copy of `config` with `new` in the place of `old`."""
+    if config is old:
+        return new
+    if isinstance(config, dict):
+        return {key: new if value is old else value for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return type(config)(_replaced(item, old, new) for item in config)
+    return config

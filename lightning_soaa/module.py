@@ -1,0 +1,192 @@
+"""SOAAMixin: gives a LightningModule the optimizer SOAA and hands it the loss closures, with every Trainer flag."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_soaa import _compat
+from lightning_soaa._closures import AROUND, HANDED_OVER, Window, run_batch
+from lightning_soaa._setup import make_soaa, refuse_unsupported, with_monitor, with_soaa
+from lightning_soaa.optimizer import SOAA
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as _Base
+else:
+    _Base = object
+
+
+class SOAAMixin(_Base):
+    """Trains a LightningModule with :class:`~lightning_soaa.SOAA`; its `training_step` returns the loss, as always.
+
+    It works in both forms; the mixin comes first, and whatever the class defines is the user's:
+
+    .. code-block:: python
+
+        class Net(SOAAMixin, TheirModule): pass
+        class Net(SOAAMixin, LightningModule):
+            def training_step(self, batch, batch_idx): return loss
+
+    Without `configure_optimizers`, SOAA gets all parameters that require gradients. An existing one may stay: the
+    optimizer it returns is replaced, its parameter groups and learning-rate schedulers are kept, and one line says so.
+    A :class:`~lightning_soaa.monitor.TrustRegionMonitor` is added unless there is one.
+
+    Lightning's loop sees manual optimization while it hands over a batch, and nowhere else: ``automatic_optimization``
+    reads False from the end of ``on_train_batch_start`` until the gradients are there, and True around. So checks,
+    schedulers, clipping, accumulation, checkpoints and hooks are Lightning's own, as under automatic optimization. The
+    same hooks run on the same values in the same order, and ``optimizer_step`` may be overridden.
+
+    A module that sets ``automatic_optimization = False`` itself is left alone.
+
+    Raises:
+        TypeError: when a subclass is made in which the mixin comes after LightningModule.
+        ValueError: at the start of a fit, for what it does not carry: several processes, precision "16-mixed" and
+            plugins it does not know, several optimizers, ``torch.compile`` of the whole module, ``dataloader_iter``,
+            and ``automatic_optimization = True``. The text names flag and remedy.
+
+    Does not undo, after a trial, what `training_step` does outside of the module: see :attr:`in_trial`.
+    """
+
+    # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.
+    _soaa_choice: bool | None = None
+    _soaa_phase: str = AROUND
+    _soaa_in_trial: bool = False
+    _soaa_batch_seen: bool = False
+    _soaa_window: Window | None = None
+    _soaa_hooks_inside: frozenset[str] = frozenset()
+    _soaa_default_dtype: torch.dtype = torch.float32
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _take_over_flag(cls)
+        for name, act in _ACTS.items():
+            inner = getattr(cls, name, None)
+            if inner is not None and not getattr(inner, "_soaa_outermost", False):
+                setattr(cls, name, _outermost(name, inner, act))
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """Return what the module set, if it did; otherwise whether Lightning's own code runs, not the module's."""
+        return self._soaa_phase == AROUND if self._soaa_choice is None else self._soaa_choice
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, automatic_optimization: bool) -> None:
+        self._soaa_choice = automatic_optimization
+
+    @property
+    def in_trial(self) -> bool:
+        """Return whether `training_step` runs only to evaluate a trial loss.
+
+        Code in it that has side effects outside of the module, prints or writes files can ask.
+        """
+        return self._soaa_in_trial
+
+    def configure_soaa(self, params: Any) -> SOAA:
+        """Return the optimizer for `params`; override to change its options.
+
+        Args:
+            params: a list of parameters, or the parameter groups of an existing `configure_optimizers`. What a group
+                holds (lr, weight decay, betas) wins over options given to SOAA here, as everywhere in torch.
+        """
+        return SOAA(params)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log as LightningModule does; nothing in a trial."""
+        if not self._soaa_in_trial:
+            super().log(*args, **kwargs)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print as LightningModule does; nothing in a trial."""
+        if not self._soaa_in_trial:
+            super().print(*args, **kwargs)
+
+
+Act = Callable[..., Any]
+
+
+def _take_over_flag(cls: type[SOAAMixin]) -> None:
+    """Turn an assignment of ``automatic_optimization`` in a class body into what the mixin's property returns.
+
+    Raises:
+        TypeError: the property is hidden by a class that comes before the mixin.
+    """
+    name = "automatic_optimization"
+    assigned = [vars(base)[name] for base in cls.__mro__ if isinstance(vars(base).get(name), bool)]
+    if isinstance(vars(cls).get(name), bool):
+        delattr(cls, name)
+    if assigned:
+        cls._soaa_choice = assigned[0]
+    elif getattr(cls, name) is not vars(SOAAMixin)[name]:
+        raise TypeError(
+            f"SOAAMixin: `{cls.__name__}` must name the mixin first among its bases, got LightningModule before it; "
+            f"write class {cls.__name__}(SOAAMixin, ...)"
+        )
+
+
+def _outermost(name: str, inner: Act, act: Act) -> Act:
+    """Return hook `name` with `act` around `inner`; a call that comes from inside of it, by super(), is passed on.
+
+    Lightning looks through one ``__wrapped__`` for a hook's signature and whether it is overridden. It finds what it
+    would find without the mixin, except where the mixin does the work: there the hook counts as overridden.
+    """
+
+    @wraps(inner)
+    def hook(self: SOAAMixin, *args: Any, **kwargs: Any) -> Any:
+        if self._soaa_choice is False or name in self._soaa_hooks_inside:
+            return inner(self, *args, **kwargs)
+        self._soaa_hooks_inside |= {name}
+        try:
+            return act(self, partial(inner, self), *args, **kwargs)
+        finally:
+            self._soaa_hooks_inside -= {name}
+
+    vars(hook)["_soaa_outermost"] = True
+    vars(hook)["__wrapped__"] = getattr(inner, "__wrapped__", inner)
+    if name == "configure_optimizers":
+        del vars(hook)["__wrapped__"]
+    return hook
+
+
+def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
+    """Refuse what cannot be carried, start afresh, and see to a monitor: the first hook of a fit."""
+    callbacks: Any = inner()
+    trainer: Any = module._trainer
+    if trainer is None or not _compat.is_fitting(trainer):
+        return callbacks
+    refuse_unsupported(module, trainer)
+    module._soaa_phase, module._soaa_window, module._soaa_batch_seen = AROUND, None, False
+    return with_monitor(callbacks, trainer.callbacks)
+
+
+def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
+    """Return the user's configuration with SOAA in it, or SOAA alone."""
+    if _compat.is_default(inner.func):  # type: ignore[attr-defined]
+        return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
+    return with_soaa(module, inner())
+
+
+def _on_train_batch_start(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> Any:
+    """Hand the batch over, unless the user's hook ends the epoch: the last hook before the loop looks at the flag."""
+    response = inner(*args, **kwargs)
+    if response != -1:
+        _compat.level_steps(module.trainer)
+        module._soaa_default_dtype = torch.get_default_dtype()
+        module._soaa_phase = HANDED_OVER
+    return response
+
+
+def _training_step(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> Any:
+    """Run the batch that was handed over. A call from elsewhere, such as `validation_step`, is the user's own."""
+    if module._soaa_phase != HANDED_OVER:
+        return inner(*args, **kwargs)
+    module._soaa_phase = AROUND
+    return run_batch(module, partial(inner, **kwargs), args)
+
+
+_ACTS: dict[str, Act] = {
+    "configure_callbacks": _configure_callbacks,
+    "configure_optimizers": _configure_optimizers,
+    "on_train_batch_start": _on_train_batch_start,
+    "training_step": _training_step,
+}
