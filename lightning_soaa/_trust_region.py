@@ -47,7 +47,8 @@ def search(
         move(proposal, decay=False)
         values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread]
         base, trial, promised, square, ok, missed = read(values, home)
-        known = {"checked": bool(ok), "skipped": not ok, "accepted": False, "trials": attempt, "missed": int(missed)}
+        known: dict[str, Any] = {"checked": bool(ok), "skipped": not ok, "accepted": False}
+        known |= {"trials": attempt, "missed": int(missed)}
         if not ok:
             return numbers, known
         seen = replace(evidence, base=base, trial=trial, predicted=promised, attempt=attempt)
