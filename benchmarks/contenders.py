@@ -1,0 +1,270 @@
+"""The optimizers that are compared, behind one uniform step."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.fingerprint import package_versions, soaa_hash
+from benchmarks.schedules import SCHEDULES
+
+Closure = Callable[[], Tensor]
+Options = dict[str, Any]
+
+DECAY = 0.01
+SOAP_SIDE, MUON_SIDE = 256, 128  # longest side of a matrix that SOAP and Muon treat as one
+HALF_DECADES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+class Driver:
+    """One or more optimizers with their schedules, stepped together.
+
+    Args:
+        optimizers: each owns some of the parameters.
+        step: takes the driver, the closure and the loss closure, and makes one step.
+        modes: whether the optimizer wants to be told about evaluation (schedule-free averaging does).
+    """
+
+    def __init__(
+        self, *optimizers: torch.optim.Optimizer, step: Callable[..., None] | None = None, modes: bool = False
+    ):
+        self.optimizers, self.modes = optimizers, modes
+        self._step = step or _plain_step
+        self._schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
+
+    def schedule(self, name: str, total_steps: int) -> None:
+        """Multiply every learning rate by the factors of schedule `name` from now on."""
+        factor = partial(_factor, SCHEDULES[name], total_steps)
+        self._schedulers = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in self.optimizers]
+
+    def step(self, closure: Closure, loss_closure: Closure) -> None:
+        """Make one optimizer step and one step of the schedule."""
+        self._step(self, closure, loss_closure)
+        for scheduler in self._schedulers:
+            scheduler.step()
+
+    def train(self, mode: bool) -> None:
+        """Announce training (or evaluation) to optimizers that keep two sets of weights."""
+        if self.modes:
+            for each in self.optimizers:
+                each.train() if mode else each.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        parts = [*self.optimizers, *self._schedulers]
+        return {str(index): part.state_dict() for index, part in enumerate(parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        for index, part in enumerate([*self.optimizers, *self._schedulers]):
+            part.load_state_dict(state[str(index)])
+
+    def figures(self) -> dict[str, float]:
+        """Return SOAA's own figures, or nothing for other optimizers."""
+        report = getattr(self.optimizers[0], "last_step", None)
+        if report is None:
+            return {}
+        names = ("radius", "checks", "accepted_checks", "skipped_steps", "total_trials", "active_fraction")
+        return {name: float(getattr(report, name)) for name in names}
+
+
+def _factor(schedule: Callable[[int, int], float], total: int, step: int) -> float:
+    return schedule(min(step, total), total)
+
+
+def _plain_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
+    driver.optimizers[0].step(closure)
+
+
+def _joint_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
+    closure()
+    for each in driver.optimizers:
+        each.step()
+
+
+def _clipped_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
+    closure()
+    params = [param for group in driver.optimizers[0].param_groups for param in group["params"]]
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    driver.optimizers[0].step()
+
+
+def _checked_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
+    driver.optimizers[0].step(closure, loss_closure=loss_closure)
+
+
+def _adamw(model: nn.Module, lr: float, total: int, options: Options, clip: bool = False) -> Driver:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **{"weight_decay": DECAY, "fused": True, **options})
+    return Driver(optimizer, step=_clipped_step if clip else None)
+
+
+def _prodigy(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    from prodigyopt import Prodigy
+
+    return Driver(Prodigy(model.parameters(), lr=lr, **{"weight_decay": DECAY, **options}))
+
+
+def _schedule_free(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    from schedulefree import AdamWScheduleFree
+
+    fixed = {"weight_decay": DECAY, "warmup_steps": total // 10}
+    return Driver(AdamWScheduleFree(model.parameters(), lr=lr, **{**fixed, **options}), modes=True)
+
+
+def _momo(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    from momo import MomoAdam
+
+    return Driver(MomoAdam(model.parameters(), lr=lr, **{"weight_decay": DECAY, **options}))
+
+
+def _dadapt(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    """D-Adapt-Adam under AdamW's own schedule, as its authors advise; without a warm-up it fails on two tasks."""
+    from dadaptation import DAdaptAdam
+
+    return Driver(DAdaptAdam(model.parameters(), lr=lr, **{"weight_decay": DECAY, "decouple": True, **options}))
+
+
+def _soap(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    from pytorch_optimizer import SOAP
+
+    fixed = {"weight_decay": DECAY, "max_precondition_dim": SOAP_SIDE}
+    return Driver(SOAP(model.parameters(), lr=lr, **{**fixed, **options}))
+
+
+def _muon(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    """Muon on the hidden matrices, AdamW on embeddings, the last matrix and everything that is not a matrix.
+
+    Matrices with a side over `MUON_SIDE` go to AdamW too: torch's Muon works in bfloat16, which takes seconds a step
+    for them on a CPU without such instructions.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = [param for param in model.parameters() if param.ndim == 2]
+    hidden = [param for param in matrices[:-1] if id(param) not in tables and max(param.shape) <= MUON_SIDE]
+    ids = {id(param) for param in hidden}
+    rest = torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], lr=lr, weight_decay=DECAY, fused=True)
+    if not hidden:
+        return Driver(rest)
+    fixed = {"weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
+    return Driver(torch.optim.Muon(hidden, lr=lr, **{**fixed, **options}), rest, step=_joint_step)
+
+
+def _lbfgs(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
+    fixed = {"max_iter": 4, "history_size": 10, "line_search_fn": "strong_wolfe"}
+    return Driver(torch.optim.LBFGS(model.parameters(), lr=lr, **{**fixed, **options}))
+
+
+def _soaa(model: nn.Module, lr: float, total: int, options: Options, radius: str, fisher: str) -> Driver:
+    """SOAA; options ``radius.x`` and ``fisher.x`` go to the two rules, all others to the optimizer."""
+    parts: dict[str, Options] = {"radius": {}, "fisher": {}, "": {"weight_decay": DECAY}}
+    if radius == "PublishedRadius":
+        parts["radius"]["total_steps"] = total
+    for name, value in options.items():
+        owner, _, key = name.rpartition(".")
+        parts[owner][key] = value
+    package = {name: importlib.import_module(f"lightning_soaa.{name}") for name in ("optimizer", "radius", "fisher")}
+    rules = {
+        "radius": getattr(package["radius"], radius)(**parts["radius"]),
+        "fisher": getattr(package["fisher"], fisher)(**parts["fisher"]),
+    }
+    optimizer = package["optimizer"].SOAA(model.parameters(), lr=lr, **parts[""], **rules)
+    return Driver(optimizer, step=_checked_step)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A named optimizer with the settings its authors advertise.
+
+    Args:
+        name: unique name, also the column of every table.
+        build: takes model, learning rate, number of steps and options, and returns a `Driver`.
+        rates: the learning rates to try; with more than one, the best of them is reported per task.
+        schedule: the learning-rate schedule if an experiment does not set another.
+        package: the distribution it comes from; its version is part of every key.
+        reach: if not 0, only the rates within this many places of AdamW's best rate on the task are tried.
+        refine: whether rates between the best and its neighbours are tried too.
+        reschedule: whether other schedules make sense for it.
+        revision: raised when the code here changes what it does.
+    """
+
+    name: str
+    build: Callable[[nn.Module, float, int, Options], Driver]
+    rates: tuple[float, ...]
+    schedule: str = "cosine"
+    package: str = "torch"
+    reach: int = 0
+    refine: bool = False
+    reschedule: bool = True
+    revision: int = 1
+
+
+def _ours(name: str, radius: str, fisher: str = "DiagonalFisher", reach: int = 0) -> Contender:
+    build, package = partial(_soaa, radius=radius, fisher=fisher), "lightning_soaa"
+    if reach:
+        return Contender(name, build, HALF_DECADES, "warmup_cosine", package, reach)
+    return Contender(name, build, (1e-3,), package=package)
+
+
+_ALL = [
+    Contender("adamw", _adamw, HALF_DECADES, "warmup_cosine", refine=True),
+    Contender("adamw_clip", partial(_adamw, clip=True), HALF_DECADES, "warmup_cosine", reach=1),
+    Contender("prodigy", _prodigy, (1.0,), package="prodigyopt"),
+    Contender("schedule_free", _schedule_free, (2.5e-3,), "constant", package="schedulefree", reschedule=False),
+    Contender(
+        "schedule_free_tuned",
+        _schedule_free,
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "constant",
+        package="schedulefree",
+        reschedule=False,
+    ),
+    Contender("momo", _momo, (1e-2,), package="momo-opt"),
+    Contender("dadapt", _dadapt, (1.0,), "warmup_cosine", package="dadaptation"),
+    Contender("soap", _soap, HALF_DECADES, "warmup_cosine", package="pytorch_optimizer", reach=2),
+    Contender("muon", _muon, HALF_DECADES, "warmup_cosine", reach=1),
+    Contender("lbfgs", _lbfgs, (1.0,), "constant", reschedule=False),
+    _ours("soaa_ratio", "RatioRadius"),
+    _ours("soaa_kronecker", "RatioRadius", "KroneckerFisher"),
+    _ours("soaa_published", "PublishedRadius"),
+    _ours("soaa_published_tuned", "PublishedRadius", reach=1),
+    _ours("soaa_fixed", "FixedRadius", reach=1),
+]
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
+
+
+def parse(text: str) -> tuple[Contender, Options]:
+    """Return contender and options of ``name:key=value,key=value``; values are numbers, words, or a/b for tuples."""
+    name, _, rest = text.partition(":")
+    if name not in CONTENDERS:
+        raise ValueError(f"benchmarks: no contender {name!r}; there are {', '.join(CONTENDERS)}")
+    pairs = [item.split("=", 1) for item in rest.split(",") if item]
+    return CONTENDERS[name], {key: _value(value) for key, value in pairs}
+
+
+def _value(text: str) -> Any:
+    if "/" in text:
+        return tuple(_value(part) for part in text.split("/"))
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def contender_version(text: str) -> str:
+    """Return what identifies the code behind a contender: a package version, or a hash of SOAA's sources."""
+    contender, _ = parse(text)
+    if contender.package == "lightning_soaa":
+        return f"{soaa_hash()}.{contender.revision}"
+    if contender.package == "torch" or contender.package.startswith("plugin"):
+        return f"{contender.package}.{contender.revision}"
+    return f"{package_versions((contender.package,))[contender.package]}.{contender.revision}"

@@ -1,0 +1,265 @@
+"""Tables of an experiment, printed and written as Markdown."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+from statistics import mean
+
+from benchmarks.experiments import DECADES, Experiment
+from benchmarks.fingerprint import package_versions
+from benchmarks.poison import KINDS
+from benchmarks.search import Plan, reference_rate, spec_of, winner
+from benchmarks.settings import BATCHES, HORIZONS, SHAPES, Setting, changed, window
+from benchmarks.specs import HARNESS, Store
+from benchmarks.summary import (
+    BUDGETS,
+    Cell,
+    Record,
+    at_rate,
+    budget_ratio,
+    cell,
+    geometric_mean,
+    planned,
+    ratios,
+    regret_columns,
+)
+
+PACKAGES = ("torch", "prodigyopt", "schedulefree", "momo-opt", "dadaptation", "pytorch_optimizer")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: title, a line under it, header and rows of text."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return the table as Markdown with padded columns."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[index]) for line in lines) for index in range(len(self.header))]
+        text = ["| " + " | ".join(word.ljust(w) for word, w in zip(line, widths, strict=True)) + " |" for line in lines]
+        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        return "\n".join([f"## {self.title}", "", self.note, "", text[0], rule, *text[1:]])
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return `value` in few characters; "-" for nothing and "diverged" for infinity."""
+    if value is None:
+        return "-"
+    return "diverged" if value == inf else f"{value:.{digits}g}"
+
+
+def ratio(value: float | None) -> str:
+    """Return a ratio with two decimals."""
+    return number(value) if value is None or value == inf or value >= 100 else f"{value:.2f}"
+
+
+def _ratio_grid(title: str, note: str, columns: dict[str, dict[str, float]], tasks: list[str]) -> Grid:
+    """Return ratios, one row a task, then geometric mean, worst and the number of tasks."""
+    rows = [[task, *(ratio(column.get(task)) for column in columns.values())] for task in tasks]
+    some = [list(column.values()) for column in columns.values()]
+    rows.append(["**geometric mean**", *(ratio(geometric_mean(v)) if v else "-" for v in some)])
+    rows.append(["**worst**", *(ratio(max(v)) if v else "-" for v in some)])
+    rows.append(["tasks", *(str(len(v)) for v in some)])
+    return Grid(title, note, ["task", *columns], rows)
+
+
+def _loss(entry: Cell | None) -> str:
+    if entry is None:
+        return "-"
+    seeds = f" ±{entry.spread:.2g}" if len(entry.losses) > 1 else ""
+    return f"{number(entry.mean, 3)}{seeds}"
+
+
+def _loss_grid(columns: dict[str, dict[str, Cell]], tasks: list[str]) -> Grid:
+    rows = []
+    for task in tasks:
+        bar = columns["adamw"].get(task)
+        entries = [_loss(column.get(task)) for column in columns.values()]
+        rows.append([task, f"{bar.rate:g}" if bar else "-", str(len(bar.losses)) if bar else "0", *entries])
+    note = "Lowest of about 20 validation losses in the run, mean over seeds ± standard deviation."
+    return Grid("Losses", note, ["task", "AdamW's best rate", "seeds", *columns], rows)
+
+
+def _cost_grid(columns: dict[str, dict[str, Cell]]) -> Grid:
+    rows = []
+    bar = columns["adamw"]
+    for name, column in columns.items():
+        both = [(column[task], bar[task]) for task in bar if task in column]
+        if not both:
+            continue
+        forwards = [mean(r["forwards"] / r["spec"]["steps"] for r in mine.records) for mine, _ in both]
+        times = [mean(r["cpu"] for r in mine.records) / mean(r["cpu"] for r in base.records) for mine, base in both]
+        failed = sum(r["diverged"] for mine, _ in both for r in mine.records)
+        equal = [geometric_mean(budget_ratio(column, bar, cost).values()) for cost in BUDGETS.values()]
+        row = [mean(forwards), geometric_mean(times), *equal]
+        rows.append([name, *(ratio(value) for value in row), str(failed)])
+    header = ["contender", "forwards a step", "CPU time", "loss at equal passes", "loss at equal CPU time", "diverged"]
+    note = (
+        "CPU time and losses are geometric means of ratios to tuned AdamW. At an equal budget a run is stopped, with "
+        "its schedule unfinished, at the last evaluation that AdamW's whole run would have paid for (a backward pass "
+        "counts as two forward passes): an upper bound on the loss of a run planned for that budget."
+    )
+    return Grid("Cost", note, header, rows)
+
+
+def regret_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return ratios to tuned AdamW, losses and costs."""
+    columns = regret_columns(plan, store)
+    bar = columns.get("adamw", {})
+    tasks = [task for task in plan.tasks if task in bar]
+    note = "Mean loss over tuned AdamW's mean loss on the same seeds, with the same steps, initial weights and batches."
+    main = {name: ratios(column, bar) for name, column in columns.items()}
+    grids = [_ratio_grid("Ratio to AdamW tuned per task", note, main, tasks)]
+    return [*grids, _loss_grid(columns, tasks), _cost_grid(columns)] if bar else grids
+
+
+def sensitivity_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return one grid a contender: losses by learning rate, and the worst over the best."""
+    grids = []
+    for contender in plan.contenders:
+        rows = []
+        for task in plan.tasks:
+            cells = [at_rate(plan, store, task, contender, lr) for lr in DECADES]
+            found = [each.mean for each in cells if each]
+            spread = max(found) / min(found) if found and min(found) < inf else None
+            rows.append([task, *(number(each.mean, 3) if each else "-" for each in cells), ratio(spread)])
+        header = ["task", *(f"{lr:g}" for lr in DECADES), "worst / best"]
+        grids.append(Grid(f"{contender}, by learning rate", "Mean of the best validation losses.", header, rows))
+    return grids
+
+
+def _recovery(record: Record) -> float:
+    """Return the steps until the validation loss stays within 5 % of what it was before the poisoned batch."""
+    if record["final"] is None:
+        return inf
+    before = record["trace"][0][1]
+    bad = [offset for offset, loss in record["trace"] if loss is None or loss > 1.05 * before]
+    later = [offset for offset, _ in record["trace"] if not bad or offset > max(bad)]
+    return float(later[0]) if later else inf
+
+
+def _steps_back(entry: Cell | None) -> str:
+    if entry is None:
+        return "-"
+    steps = mean(map(_recovery, entry.records))
+    return "never" if steps == inf else f"{steps:.3g}"
+
+
+def poison_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return one grid a contender: loss over the clean run's loss and steps to recover, by kind of poison."""
+    grids = []
+    for contender in plan.contenders:
+        rows = []
+        for task in plan.tasks:
+            rate = reference_rate(plan, store, task, contender)
+            pick = partial(spec_of, plan, task, contender, lr=rate or 0.0)
+            clean = cell(store, [pick(seed=seed) for seed in range(plan.seeds)])
+            row = [task]
+            for kind in KINDS:
+                hit = cell(store, [pick(seed=seed, poison=kind) for seed in range(plan.seeds)])
+                row.append(ratio(_final(hit) / _final(clean)) if hit and clean else "-")
+                if kind != "scattered":
+                    row.append(_steps_back(hit))
+            rows.append(row)
+        header = ["task"]
+        for kind in KINDS:
+            header += [kind] if kind == "scattered" else [kind, "steps back"]
+        note = (
+            "Final validation loss over that of the clean run (means over seeds); steps until it is within 5 % again."
+        )
+        grids.append(Grid(f"{contender}, poisoned batches", note, header, rows))
+    return grids
+
+
+def _final(entry: Cell) -> float:
+    return mean(inf if record["final"] is None else record["final"] for record in entry.records)
+
+
+def setting_grids(settings: list[Setting], plan: Plan, store: Store) -> list[Grid]:
+    """Return, setting by setting, ratios to AdamW tuned for that setting."""
+    grids = []
+    for setting in settings:
+        columns: dict[str, dict[str, Cell]] = {}
+        for contender in plan.contenders:
+            columns[contender] = {}
+            for task in plan.tasks:
+                make = partial(changed, plan, setting, task, contender)
+                runs = winner(store, contender, plan.seeds, make, window(plan, store, task, contender))
+                if found := cell(store, runs):
+                    columns[contender][task] = found
+        bar = columns.get("adamw", {})
+        table = {name: ratios(column, bar) for name, column in columns.items()}
+        note = "Mean loss over that of AdamW tuned for this setting."
+        grids.append(_ratio_grid(setting.name, note, table, [task for task in plan.tasks if task in bar]))
+    return grids
+
+
+def restart_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return whether runs through a checkpoint end with the same bits, and the ratio of their losses."""
+    rows = []
+    for contender in plan.contenders:
+        for task in plan.tasks:
+            rate = reference_rate(plan, store, task, contender) or 0.0
+            pairs = []
+            for seed in range(plan.seeds):
+                pick = partial(spec_of, plan, task, contender, rate, seed)
+                pairs.append((store.get(pick()), store.get(pick(restart=True))))
+            done = [(a, b) for a, b in pairs if a and b]
+            same = sum(a["fingerprint"] == b["fingerprint"] for a, b in done)
+            change = ratio(mean(b["final"] / a["final"] for a, b in done)) if done else "-"
+            rows.append([contender, task, f"{same} of {len(done)}", change])
+    note = "Runs through a checkpoint half-way against runs without one."
+    return [Grid("Restart", note, ["contender", "task", "same bits", "final loss, ratio"], rows)]
+
+
+def budget_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return ratios to tuned AdamW of runs planned for AdamW's budget, by kind of budget."""
+    bar = regret_columns(replace(plan, contenders=("adamw",)), store)["adamw"]
+    grids = []
+    for kind in BUDGETS:
+        columns: dict[str, dict[str, float]] = {}
+        for contender in plan.contenders:
+            cells = {task: cell(store, planned(plan, store, task, contender, kind)) for task in plan.tasks}
+            columns[contender] = ratios({task: found for task, found in cells.items() if found}, bar)
+        columns.pop("adamw", None)
+        note = f"Each run has as many steps as tuned AdamW's whole run pays for in {kind}; its schedule ends with them."
+        grids.append(_ratio_grid(f"Equal {kind}", note, columns, list(bar)))
+    return grids
+
+
+GRIDS: dict[str, Callable[[Plan, Store], list[Grid]]] = {
+    "regret": regret_grids,
+    "depth": regret_grids,
+    "sensitivity": sensitivity_grids,
+    "poison": poison_grids,
+    "horizon": partial(setting_grids, HORIZONS + SHAPES),
+    "batch": partial(setting_grids, BATCHES),
+    "restart": restart_grids,
+    "budget": budget_grids,
+}
+
+
+def write(experiment: Experiment, plan: Plan, store: Store) -> str:
+    """Write the tables of `experiment` beside its runs and return their text."""
+    options = f"{experiment.name} --seeds {plan.seeds}"
+    if plan.tasks != experiment.tasks:
+        options += f" --tasks {','.join(plan.tasks)}"
+    if plan.contenders != experiment.contenders:
+        options += f' --contenders "{" ".join(plan.contenders)}"'
+    versions = ", ".join(f"{name} {found}" for name, found in package_versions(PACKAGES).items())
+    parts = [
+        f"# {experiment.name}",
+        f"`python -m benchmarks run {options}`, then `python -m benchmarks table {options}`.",
+        f"Python {platform.python_version()}, {versions}; harness {HARNESS}; one thread a run.",
+        *(grid.markdown() for grid in GRIDS[experiment.name](plan, store)),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    store.folder.mkdir(parents=True, exist_ok=True)
+    (store.folder / f"{experiment.name}.md").write_text(text)
+    return text

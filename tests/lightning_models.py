@@ -1,0 +1,229 @@
+"""Small models, rules and a recording logger for tests of the mixin, and what two runs are compared by."""
+
+import random
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers.logger import Logger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_soaa import SOAA, FixedRadius
+from lightning_soaa.module import SOAAMixin
+from lightning_soaa.monitor import TrustRegionMonitor
+from lightning_soaa.radius import AbstractRadius, Decision
+
+BATCHES, BATCH = 8, 6
+torch.set_num_threads(1)
+
+# What Lightning itself warns of in these runs.
+QUIET = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (
+        ".*does not have many workers",
+        ".*treespec, LeafSpec",
+        ".*returned `None`",
+        ".*smaller than the logging interval",
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "Checkpoint directory",
+        "When using `Trainer.accumulate_grad_batches",
+    )
+]
+
+
+@dataclass(frozen=True)
+class EveryStep(AbstractRadius):
+    """FixedRadius with a check on every step, whose trial loss decides nothing."""
+
+    needs_trial: ClassVar[bool] = True
+    accept: bool = True
+
+    def init(self, lr):
+        return {"radius": 1.0}
+
+    def update(self, numbers, evidence):
+        return Decision(dict(numbers), accepted=self.accept)
+
+
+ACCEPT, REJECT = EveryStep(), EveryStep(accept=False)
+
+
+def loader(seed=0, batches=BATCHES, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(batches * BATCH, 4, generator=generator)
+    return DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), batch_size=BATCH, **kwargs)
+
+
+class Net(LightningModule):
+    """Dropout, batch normalisation, a metric, noise from python and numpy, logging, schedulers by `schedule`."""
+
+    def __init__(self, rule=FixedRadius(), lr=0.05, schedule=None, **soaa):  # noqa: B008  (frozen)
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+        self.accuracy = MulticlassAccuracy(2)
+        self.rule, self.lr, self.soaa, self.schedule = rule, lr, soaa, schedule
+        self.calls, self.lrs, self.losses, self.outputs, self.steps = [], [], [], [], []
+
+    def loss(self, batch):
+        inputs, labels = batch
+        logits = self.net(inputs + 0.01 * random.random() + 0.01 * np.random.rand())
+        self.accuracy(logits, labels)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return nn.functional.cross_entropy(logits, labels)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.losses.append(loss.detach())
+        self.steps.append(self.global_step)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        inputs, labels = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.net(inputs), labels))
+
+    def configure_optimizers(self):
+        optimizer = SOAA(self.parameters(), lr=self.lr, radius=self.rule, **self.soaa)
+        return optimizer if self.schedule is None else self.schedule(optimizer)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.lrs.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+        self.outputs.append(outputs)
+        self.steps.append(self.global_step)
+
+    # Hooks, in the order and as often as they are called.
+    def on_before_zero_grad(self, optimizer):
+        self.calls.append(f"on_before_zero_grad {type(optimizer).__name__}")
+
+    def on_before_backward(self, loss):
+        self.calls.append(f"on_before_backward {loss.item()}")
+
+    def on_after_backward(self):
+        self.calls.append("on_after_backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.calls.append(f"on_before_optimizer_step {type(optimizer).__name__}")
+        self.log("gradient", self.net[0].weight.grad.norm() if self.net[0].weight.grad is not None else 0.0)
+
+    def on_train_epoch_end(self):
+        self.calls.append("on_train_epoch_end")
+
+
+class Mixed(SOAAMixin, Net):
+    pass
+
+
+class Mute(TrustRegionMonitor):
+    """Stands in for the monitor, whose rows would double the time of a run, in tests that are not about it."""
+
+    def on_train_batch_end(self, *args):
+        pass
+
+    def on_train_epoch_end(self, *args):
+        pass
+
+
+class Rows(Logger):
+    """A logger that keeps its rows, without what TrustRegionMonitor adds."""
+
+    name, version = "rows", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        kept = {key: value for key, value in metrics.items() if not key.startswith(("trust_region", "fisher"))}
+        self.rows.append((step, kept))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+@dataclass
+class Run:
+    module: LightningModule
+    trainer: Trainer
+    rows: list = field(repr=False)
+    random: tuple = field(repr=False)
+
+    def facts(self):
+        """Everything that two runs are compared by."""
+        optimizer = self.trainer.optimizers[0].state_dict()
+        return {
+            "parameters and buffers": self.module.state_dict(),
+            "moments": optimizer["state"],
+            "metric": self.module.accuracy.metric_state,
+            "metrics": {k: v for k, v in self.trainer.callback_metrics.items() if "/" not in k},
+            "rows": self.rows,
+            "learning rates": self.module.lrs,
+            "losses": self.module.losses,
+            "outputs": self.module.outputs,
+            "hooks": self.module.calls,
+            "global_step": (self.trainer.global_step, self.module.steps),
+            "schedulers": [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs],
+            "random": self.random,
+        }
+
+
+def seed():
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+
+
+def make_trainer(callbacks=(), **kwargs):
+    """Return a quiet Trainer and its logger; kwargs go to the Trainer."""
+    rows = Rows()
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": rows,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "callbacks": [LearningRateMonitor(), Mute(), *callbacks],
+    }
+    return Trainer(**{**defaults, **kwargs}), rows
+
+
+def fit(module, callbacks=(), validate=False, data=None, ckpt_path=None, **kwargs):
+    """Train `module` from a fixed seed of all random streams and return the run."""
+    trainer, rows = make_trainer(callbacks, **kwargs)
+    trainer.fit(module, data or loader(), loader(1, 2) if validate else None, ckpt_path=ckpt_path)
+    return Run(module, trainer, rows.rows, (torch.get_rng_state(), random.getstate(), np.random.get_state()))
+
+
+def train(make, *args, callbacks=lambda: (), data=loader, **kwargs):
+    """Seed, make a module and train it; `callbacks` and `data` make fresh ones for each run."""
+    seed()
+    return fit(make(), *args, callbacks=callbacks(), data=data(), **kwargs)
+
+
+def assert_same(one, other, path=""):
+    """Fail unless two structures hold the same bits."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, path
+        assert torch.equal(one, other) or bool((one.isnan() & other.isnan()).all()), path
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other), path
+    elif isinstance(one, dict):
+        assert list(one) == list(other), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}/{index}")
+    elif isinstance(one, nn.Module | torch.optim.Optimizer) or callable(one):
+        pass
+    else:
+        assert one == other or (one != one and other != other), path
