@@ -31,7 +31,7 @@ def is_fitting(trainer: Any) -> bool:
 
 def is_default(function: Any) -> bool:
     """Return whether `function` is the one that LightningModule itself defines."""
-    return function.__module__ in {f"{package}.core.module" for package in PACKAGES}
+    return getattr(function, "__module__", None) in {f"{package}.core.module" for package in PACKAGES}
 
 
 def is_lightning(obj: object, names: frozenset[str]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 # Attributes that every torch module has and no forward writes, so that they need not be looked at.
 _PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
+_PLAIN = (str, int, float, Path)
 _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
@@ -145,20 +147,35 @@ def _refill(container: Any, content: Any) -> None:
 
 
 class Silence:
-    """A logger, and all that hangs on one, that does nothing: attributes, calls, items and contexts are itself."""
+    """A logger, and all that hangs on one, that does nothing when called.
 
-    def __getattr__(self, name: str) -> "Silence":
-        return self
+    Plain values of what it stands for, such as a logger's folder, are passed on; everything else is silence again.
+
+    Args:
+        real: what it stands for; None for the result of a call, which has no plain values.
+    """
+
+    def __init__(self, real: Any = None) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = None if self._real is None else getattr(self._real, name)
+        return value if isinstance(value, _PLAIN) else Silence(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Silence":
         """Do nothing."""
-        return self
+        return Silence()
 
     def __getitem__(self, key: object) -> "Silence":
-        return self
+        return Silence()
 
     def __setitem__(self, key: object, value: object) -> None:
         pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
     def __enter__(self) -> "Silence":
         return self
@@ -174,7 +191,7 @@ def silenced(module: Any, trainer: Any) -> Iterator[None]:
     Does not mute the builtin ``print`` or a logger's experiment that the module keeps a reference to.
     """
     loggers = trainer.loggers
-    trainer.loggers = [Silence() for _ in loggers]
+    trainer.loggers = [Silence(logger) for logger in loggers]
     module._soaa_in_trial = True
     try:
         yield

@@ -2,6 +2,8 @@
 
 import random
 from collections import OrderedDict, deque
+from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,12 +171,20 @@ def test_metrics_go_on_as_if_a_trial_had_not_been(interrupt):
     assert guarded.mean._update_count == plain.mean._update_count
 
 
-def test_silence_takes_whatever_is_done_to_a_logger():
-    silence = Silence()
-    silence.experiment.add_scalar("a", 1.0, step=2)
-    silence["a"]["b"] = 1
-    with silence.run() as run:
+def test_silence_does_nothing_and_passes_plain_values_on():
+    logger = SimpleNamespace(log_dir="runs", version=3, experiment=SimpleNamespace(path=Path("a"), calls=[]))
+    logger.experiment.add = logger.experiment.calls.append
+    silence = Silence(logger)
+    assert (silence.log_dir, silence.version, silence.experiment.path) == ("runs", 3, Path("a"))
+    silence.experiment.add(1)
+    silence.experiment.calls["a"]["b"] = 1
+    with silence.experiment.add("run") as run:
         run.log({})
+    assert list(silence.experiment.calls) == []
+    assert logger.experiment.calls == []
+    with pytest.raises(AttributeError):
+        _ = silence.no_such_thing
+    assert isinstance(deepcopy(Silence()), Silence)
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
