@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_soaa._checks import refuse
 from lightning_soaa._state import STEP, as_real, state_dtype
-from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, gated, norms, wide_dtype
+from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, norms, wide_dtype
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
 
@@ -43,6 +43,7 @@ class Proposal:
         scale: c of step 3, 0-d.
         sizes: one for each parameter group.
         directions: u of step 5, one list a bucket; dropped when the step is over.
+        square: squared norm of the step, weight decay apart, 0-d.
     """
 
     buckets: list[Bucket]
@@ -51,6 +52,7 @@ class Proposal:
     scale: Tensor
     sizes: Sequence[StepSize] = ()
     directions: list[list[Tensor]] = field(default_factory=list)
+    square: Tensor | None = None
 
     @property
     def home(self) -> torch.device:
@@ -152,8 +154,8 @@ def absorb(buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher) -
     return proposal
 
 
-def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher) -> None:
-    """Set the directions for the given sizes, one for each group (steps 4 and 5)."""
+def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
+    """Set the directions for the given sizes, one for each group (steps 4 and 5), and the norm of the step."""
     proposal.sizes = sizes
     proposal.directions = [
         fisher.direction(
@@ -164,6 +166,13 @@ def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher) -
         )
         for bucket in proposal.buckets
     ]
+    squares = []
+    for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True):
+        if cautious:
+            drop_disagreement(directions, bucket.grads)
+        square = norms(directions, 2, foreach=bucket.foreach).square().sum()
+        squares.append(square * sizes[bucket.group].lr ** 2)
+    proposal.square = proposal.total(squares)
 
 
 def move(proposal: Proposal, *, decay: bool) -> None:
@@ -217,18 +226,15 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
 
 def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool) -> dict[str, float]:
     """Return the statistics of a :class:`StepReport` that need a pass over the state, from the state alone."""
-    always = torch.ones((), dtype=torch.bool, device=proposal.home)
-    rows, squares = [], []
+    rows = []
     for bucket in proposal.buckets:
         if bucket.numel:
             scale, size = proposal.scale.to(bucket.device), proposal.sizes[bucket.group]
-            directions = fisher.direction(bucket, scale, always.to(bucket.device), size.radius)
-            squares.append(norms(directions, 2, foreach=bucket.foreach).square().sum().to(proposal.home) * size.lr**2)
             rows.append(fisher.statistics(bucket, scale, size.radius).to(proposal.home))
     if not rows:
         return {}
     table = torch.stack(rows)
-    columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), torch.stack(squares).sum()]
+    columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     low, high, trace, active, square, ok, base_loss = read([*columns, proposal.ok, base], proposal.home)
     numel = sum(bucket.numel for bucket in proposal.buckets)

@@ -188,6 +188,12 @@ def box_direction_foreach(
     return list(directions)
 
 
+def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Set to zero the coordinates on which a direction does not descend (arXiv 2411.16085; modified in place)."""
+    for direction, grad in zip(directions, grads, strict=True):
+        direction.mul_(direction * grad > 0)
+
+
 @dataclass(frozen=True)
 class DiagonalFisher:
     """The Fisher of the published rule: Adam's second moment, scaled by the size of the mean gradient (step 3).

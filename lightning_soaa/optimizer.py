@@ -260,7 +260,7 @@ class SOAA(Optimizer):
     def _aim(self, proposal: Proposal, radius: float) -> None:
         """Set the proposal's directions at `radius`."""
         sizes = step_sizes(self.param_groups, radius, self._lr_unit(), folds_lr=self.radius_rule.folds_lr)
-        aim(proposal, sizes, self.fisher_rule)
+        aim(proposal, sizes, self.fisher_rule, cautious=self.radius_rule.cautious)
 
     def _age(self, entries: list[Entry]) -> None:
         """Count the gradient that was absorbed."""

@@ -69,11 +69,13 @@ class AbstractRadius(ABC):
         folds_lr: the radius replaces the learning rate, of which only the schedule remains: a group's bound is
             ``radius * lr / (largest initial lr of all groups)``. Otherwise the group's lr multiplies the step as in
             the published rule.
+        cautious: coordinates whose direction does not descend along the gradient of the batch stay where they are.
     """
 
     needs_loss: ClassVar[bool] = False
     needs_trial: ClassVar[bool] = False
     folds_lr: ClassVar[bool] = False
+    cautious: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, lr: float) -> Numbers:
@@ -162,71 +164,108 @@ class PublishedRadius(AbstractRadius):
 class RatioRadius(AbstractRadius):
     """A radius in place of the learning rate, moved by actual against predicted reduction on the same batch.
 
-    It starts far too small, grows on every step until it reaches `relative` times the root mean square of the
-    parameters (burn-in, a check on every step), and from then on checks every `interval`-th step. A check compares
-    the reduction of the loss with the one the linear model promised; a step that falls short is undone, and the
-    radius shrinks.
+    It starts far too small and grows on every step, with a check on each (burn-in), up to `relative` times the root
+    mean square of the parameters, or further while the acceptance ratio stays above `grow_above`, or less far if it
+    falls below `shrink_below`. From then on every `interval`-th step is a check; the mean acceptance ratio of the
+    checks lets the radius grow above the one and shrink below the other, and between them it drifts back to its prior,
+    `relative` times the parameters' scale. A step that makes its own batch worse is undone, and the radius halved.
+
+    Where a scheduler multiplies the step by f < 1, curvature eats less of it; the radius grows only if it eats less
+    than f times the share that `grow_above` allows, so that it does not work against the schedule.
+
+    Coordinates on which the momentum points against the gradient of the batch stay where they are (arXiv 2411.16085):
+    they promise no reduction.
 
     Args:
-        start: the first radius, in units of lr (default: 0.01). A start that is too large shrinks before it moves.
-        relative: the radius burn-in ends at, in units of the parameters' root mean square (default: 0.08).
-        grow: growth a step in burn-in, > 1 (default: 1.25).
-        recover: growth a check after burn-in, > 1 (default: 1.1).
-        shrink: factor of a rejected radius, in (0, 1) (default: 0.5).
+        start: the first radius, in units of lr, > 0 (default: 0.01). One that is too large shrinks before it moves.
+        relative: the prior of the radius, in units of the parameters' root mean square, > 0 (default: 0.2).
+        grow_above: mean acceptance ratio above which the radius grows beyond its prior, in (0, 1) (default: 0.7).
+        shrink_below: mean acceptance ratio below which it shrinks, in (0, 1), < `grow_above` (default: 0.5).
         interval: steps from one check to the next after burn-in, >= 1 (default: 5).
         max_trials: trials of one step before it is given up, >= 1 (default: 4).
 
-    It does not see that a step is too small, only that it is too large.
+    Same-batch ratios see whether a step is too large for the batch's loss; they do not see overfitting.
     """
 
     needs_trial: ClassVar[bool] = True
     folds_lr: ClassVar[bool] = True
+    cautious: ClassVar[bool] = True
 
     start: float = 0.01
-    relative: float = 0.08
-    grow: float = 1.25
-    recover: float = 1.1
-    shrink: float = 0.5
+    relative: float = 0.2
+    grow_above: float = 0.7
+    shrink_below: float = 0.5
     interval: int = 5
     max_trials: int = 4
 
     def __post_init__(self) -> None:
         for name in ("start", "relative"):
             check_positive("RatioRadius", name, getattr(self, name))
-        for name in ("grow", "recover"):
-            if check_positive("RatioRadius", name, getattr(self, name)) <= 1:
-                refuse("RatioRadius", name, "> 1", getattr(self, name))
-        check_between("RatioRadius", "shrink", self.shrink, 0, 1, "in (0, 1)")
+        for name in ("grow_above", "shrink_below"):
+            check_between("RatioRadius", name, getattr(self, name), 0, 1, "in (0, 1)")
+        if self.shrink_below >= self.grow_above:
+            refuse("RatioRadius", "shrink_below", f"< grow_above = {self.grow_above}", self.shrink_below)
         for name in ("interval", "max_trials"):
             check_count("RatioRadius", name, getattr(self, name))
 
     def init(self, lr: float) -> Numbers:
-        """Return the first radius and the phase: 2 before the first accepted step, 1 in burn-in, 0 after it."""
-        return {"radius": self.start * lr, "phase": 2}
+        """Return radius, phase, and the sums behind the mean share that curvature eats (1 - acceptance ratio).
+
+        The phase is 2 before the first accepted step, 1 in burn-in, 0 after it.
+        """
+        return {"radius": self.start * lr, "phase": 2, "eaten": 0.0, "weight": 0.0}
 
     def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
         """Return True on every step of burn-in, later on every `interval`-th."""
         return numbers["phase"] > 0 or unchecked_steps + 1 >= self.interval
 
     def update(self, numbers: Mapping[str, float], evidence: Evidence) -> Decision:
-        """Undo a step that falls short and shrink; otherwise move the radius towards its prior."""
+        """Undo a step that does harm; otherwise move the radius by the mean acceptance ratio."""
         radius, phase = numbers["radius"], int(numbers["phase"])
         if evidence.predicted == 0:  # nothing moved or nothing was promised: nothing to learn
             return Decision(dict(numbers), accepted=True)
-        wanted = 0.5 if phase == 2 else 0.0
-        if falls_short(evidence, wanted):
-            searching = phase == 2
-            smaller = radius * (self.shrink**2 if searching else self.shrink)
-            numbers = {"radius": smaller, "phase": 2 if searching else 0}
-            return Decision(numbers, accepted=False, retry=evidence.attempt < self.max_trials)
+        if falls_short(evidence, 0.5 if phase == 2 else 0.0):
+            new = {**numbers, "radius": radius * (0.25 if phase == 2 else 0.5), "phase": 2 if phase == 2 else 0}
+            return Decision(new, accepted=False, retry=evidence.attempt < self.max_trials)
+        memory = 0.5 if phase else 0.8
+        share = eaten_share(evidence)
+        eaten = memory * numbers["eaten"] + (1 - memory) * share
+        weight = memory * numbers["weight"] + (1 - memory)
+        short_of = eaten / weight < (1 - self.grow_above) * max(evidence.schedule, 0.05)
+        beyond = eaten / weight > 1 - self.shrink_below
         prior = self.relative * evidence.parameter_rms
-        growth = self.grow if phase else self.recover
-        if radius > prior:
-            moved, phase = radius if phase else max(prior, radius / growth), min(phase, 1)
-        else:
-            moved = min(radius * growth, prior)
-            phase = 0 if moved == prior else min(phase, 1)
-        return Decision({"radius": moved, "phase": phase}, accepted=True)
+        move = self._search if phase else self._follow
+        radius, phase = move(radius, prior, short_of=short_of, beyond=beyond and weight > 0.5)
+        return Decision({"radius": radius, "phase": phase, "eaten": eaten, "weight": weight}, accepted=True)
+
+    def _search(self, radius: float, prior: float, *, short_of: bool, beyond: bool) -> tuple[float, int]:
+        """Return radius and phase after a step of burn-in."""
+        if beyond:
+            return radius * 0.4, 0
+        if radius >= prior and not short_of:
+            return radius, 0
+        return radius * 1.25, 1
+
+    def _follow(self, radius: float, prior: float, *, short_of: bool, beyond: bool) -> tuple[float, int]:
+        """Return radius and phase after a check that follows burn-in."""
+        if beyond:
+            return radius * 0.85, 0
+        if short_of:
+            return radius * 1.2, 0
+        if radius < prior:
+            return min(radius * 1.1, prior), 0
+        return max(radius * 0.975, prior), 0
+
+
+def eaten_share(evidence: Evidence) -> float:
+    """Return the share of the predicted reduction that curvature ate, ``1 - rho``, clipped to [0, 2].
+
+    Below rounding error nothing is known of it, and it counts as 0.
+    """
+    if evidence.trial is None or abs(evidence.predicted) <= evidence.noise:
+        return 0.0
+    eaten = evidence.predicted - (evidence.base - evidence.trial)
+    return min(2.0, max(0.0, eaten / abs(evidence.predicted)))
 
 
 def falls_short(evidence: Evidence, wanted: float) -> bool:

@@ -14,7 +14,7 @@ class ReferenceSOAA:
         self.d, self.loss_ema, self.p, self.t = radius, 0.0, 0.0, 0
         self.lr_unit = max(group["lr"] for group in groups)
         self.initial_lrs = [group["lr"] for group in groups]
-        self.phase, self.unchecked = 2, 0
+        self.phase, self.unchecked, self.eaten, self.weight = 2, 0, 0.0, 0.0
         if rule == "ratio":
             self.d = self.options["start"] * self.lr_unit
         for group in groups:
@@ -107,7 +107,8 @@ class ReferenceSOAA:
         prior = self.options["relative"] * np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
         for _ in range(self.options["max_trials"] if due else 1):
             alphas = [self.d * group["lr"] / self.lr_unit for group, _ in places]
-            s = [-self.direction(group, i, c, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
+            u = [self.direction(group, i, c, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
+            s = [-np.where(a * g > 0, a, 0.0) for a, g in zip(u, [g for gs in grads for g in gs], strict=True)]
             if due:
                 self.trials += 1
                 self.put([a + b for a, b in zip(start, s, strict=True)])
@@ -125,20 +126,34 @@ class ReferenceSOAA:
 
     def judge(self, promised, actual, loss, prior):
         """Return whether the trial is kept; the radius moves either way."""
-        o = self.options
         if promised == 0:
             return True
-        wanted = 0.5 if self.phase == 2 else 0.0
         noise = 8 * np.finfo(float).eps * abs(loss)
+        wanted = 0.5 if self.phase == 2 else 0.0
         if not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise:
-            self.d *= o["shrink"] ** 2 if self.phase == 2 else o["shrink"]
+            self.d *= 0.25 if self.phase == 2 else 0.5
             self.phase = 2 if self.phase == 2 else 0
             return False
-        growth = o["grow"] if self.phase else o["recover"]
-        if self.d > prior:
-            self.d = self.d if self.phase else max(prior, self.d / growth)
-            self.phase = min(self.phase, 1)
-            return True
-        self.d = min(self.d * growth, prior)
-        self.phase = 0 if self.d == prior else min(self.phase, 1)
+        share = min(2.0, max(0.0, 1 - actual / promised)) if promised > noise else 0.0
+        memory = 0.5 if self.phase else 0.8
+        self.eaten = memory * self.eaten + (1 - memory) * share
+        self.weight = memory * self.weight + (1 - memory)
+        mean = self.eaten / self.weight  # 1 - rho
+        too_large = mean > 1 - self.options["shrink_below"] and self.weight > 0.5
+        small = mean < 1 - self.options["grow_above"]
+        if self.phase:
+            if too_large:
+                self.d, self.phase = 0.4 * self.d, 0
+            elif self.d >= prior and not small:
+                self.phase = 0
+            else:
+                self.d, self.phase = 1.25 * self.d, 1
+        elif too_large:
+            self.d *= 0.85
+        elif small:
+            self.d *= 1.2
+        elif self.d < prior:
+            self.d = min(1.1 * self.d, prior)
+        else:
+            self.d = max(0.975 * self.d, prior)
         return True

@@ -121,23 +121,77 @@ def test_a_step_falls_short_when_curvature_eats_more_than_its_share(base, trial,
     assert falls_short(Evidence(base=base, trial=trial, predicted=predicted, noise=noise), wanted) is expected
 
 
+NAN = math.nan
+
+
 @pytest.mark.parametrize(
-    ("radius", "phase", "actual", "rms", "new_radius", "new_phase", "accepted", "attempt", "retry"),
+    ("radius", "phase", "mean", "actual", "rms", "schedule", "new_radius", "new_phase", "accepted", "attempt", "retry"),
     [
-        (1e-5, 2, 1.0, 1.0, 1.25e-5, 1, True, 1, False),  # first step: grow
-        (1e-5, 2, 0.4, 1.0, 0.25e-5, 2, False, 1, True),  # the start was too large: shrink before moving
-        (1e-5, 2, 0.4, 1.0, 0.25e-5, 2, False, 4, False),  # enough trials for one step
-        (1e-2, 1, 0.4, 1.0, 1.25e-2, 1, True, 1, False),  # burn-in
-        (0.07, 1, 0.4, 1.0, 0.08, 0, True, 1, False),  # arrived at the prior
-        (0.07, 1, -0.1, 1.0, 0.035, 0, False, 1, True),  # burn-in ends where the loss rises
-        (0.04, 0, 0.9, 1.0, 0.044, 0, True, 1, False),  # recover
-        (0.08, 0, math.nan, 1.0, 0.04, 0, False, 1, True),
-        (0.16, 0, 0.9, 1.0, 0.16 / 1.1, 0, True, 1, False),  # the parameters shrank: follow
-        (1e-5, 2, 0.9, 0.0, 1e-5, 1, True, 1, False),  # zero parameters: wait until they have a scale
+        (1e-5, 2, 0.0, 1.0, 1.0, 1.0, 1.25e-5, 1, True, 1, False),  # first step: grow
+        (1e-5, 2, 0.0, 0.4, 1.0, 1.0, 0.25e-5, 2, False, 1, True),  # the start was too large: shrink before moving
+        (1e-5, 2, 0.0, 0.4, 1.0, 1.0, 0.25e-5, 2, False, 4, False),  # enough trials for one step
+        (1e-2, 1, 0.4, 0.6, 1.0, 1.0, 1.25e-2, 1, True, 1, False),  # burn-in goes on below the prior
+        (0.21, 1, 0.4, 0.6, 1.0, 1.0, 0.21, 0, True, 1, False),  # arrived at the prior
+        (0.21, 1, 0.1, 0.9, 1.0, 1.0, 0.2625, 1, True, 1, False),  # arrived, but curvature eats little yet
+        (0.04, 1, 0.6, 0.4, 1.0, 1.0, 0.016, 0, True, 1, False),  # curvature eats more than half: back off
+        (0.04, 1, 0.0, -0.1, 1.0, 1.0, 0.02, 0, False, 1, True),  # burn-in ends where the loss rises
+        (0.04, 0, 0.4, 0.6, 1.0, 1.0, 0.044, 0, True, 1, False),  # drift up to the prior
+        (0.19, 0, 0.4, 0.6, 1.0, 1.0, 0.2, 0, True, 1, False),  # not beyond it
+        (0.40, 0, 0.4, 0.6, 1.0, 1.0, 0.39, 0, True, 1, False),  # drift down to the prior
+        (0.04, 0, 0.1, 0.9, 1.0, 1.0, 0.048, 0, True, 1, False),  # grow
+        (0.40, 0, 0.1, 0.9, 1.0, 1.0, 0.48, 0, True, 1, False),  # also beyond the prior
+        (0.40, 0, 0.1, 0.9, 1.0, 0.2, 0.39, 0, True, 1, False),  # but not against the schedule
+        (0.04, 0, 0.6, 0.4, 1.0, 1.0, 0.034, 0, True, 1, False),  # shrink
+        (0.04, 0, 0.6, NAN, 1.0, 1.0, 0.02, 0, False, 1, True),  # not finite: undo and halve
+        (
+            1e-5,
+            2,
+            0.0,
+            0.9,
+            0.0,
+            1.0,
+            1.25e-5,
+            1,
+            True,
+            1,
+            False,
+        ),  # parameters at zero have no scale: grow all the same
     ],
 )
-def test_ratio_radius_decides(radius, phase, actual, rms, new_radius, new_phase, accepted, attempt, retry):
-    evidence = Evidence(base=0.0, trial=-actual, predicted=1.0, attempt=attempt, parameter_rms=rms)
-    decision = RatioRadius().update({"radius": radius, "phase": phase}, evidence)
-    assert decision.numbers == pytest.approx({"radius": new_radius, "phase": new_phase}, rel=1e-12)
+def test_ratio_radius_decides(
+    radius, phase, mean, actual, rms, schedule, new_radius, new_phase, accepted, attempt, retry
+):
+    numbers = {"radius": radius, "phase": phase, "eaten": mean, "weight": 0.0 if phase == 2 else 1.0}
+    evidence = Evidence(base=0.0, trial=-actual, predicted=1.0, attempt=attempt, parameter_rms=rms, schedule=schedule)
+    decision = RatioRadius().update(numbers, evidence)
+    assert decision.numbers["radius"] == pytest.approx(new_radius, rel=1e-12)
+    assert decision.numbers["phase"] == new_phase
     assert (decision.accepted, decision.retry) == (accepted, retry)
+
+
+def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing():
+    numbers = {"radius": 0.1, "phase": 0, "eaten": 0.3, "weight": 1.0}
+    decision = RatioRadius().update(numbers, Evidence(base=1.0, trial=1.0, predicted=0.0, parameter_rms=1.0))
+    assert decision.numbers == numbers
+    assert decision.accepted
+
+
+def test_cautious_step_descends_on_every_coordinate():
+    """The gradient turns from one step to the next, so that the momentum is behind it on some coordinates."""
+    torch.manual_seed(4)
+    x = torch.nn.Parameter(torch.zeros(50, dtype=torch.float64))
+    optimizer, still = SOAA([x], lr=1.0), 0
+    for _ in range(20):
+        gradient, before = torch.randn(50, dtype=torch.float64), x.detach().clone()
+
+        def closure(gradient=gradient):
+            optimizer.zero_grad()
+            loss = gradient @ x
+            loss.backward()
+            return loss
+
+        optimizer.step(closure, loss_closure=lambda gradient=gradient: gradient @ x)
+        moved = x.detach() - before
+        assert (moved * gradient <= 0).all()
+        still += int((moved == 0).sum())
+    assert still > 100
