@@ -13,6 +13,7 @@ from lightning_soaa.radius import AbstractRadius, Numbers
 STEP = "step"
 
 # Every group, options.
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "foreach", "maximize")
 BASE_LR = "base_lr"  # lr the group came with; schedulers move lr away from it
 GROUP_RADIUS = "group_radius"  # bound of the group's step in units of the parameters, of the last step
 
@@ -148,8 +149,10 @@ def fill_missing(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], 
     (`groups` modified in place.)
     """
     for group in groups:
-        for name, value in {**defaults, BASE_LR: float(group["lr"]), GROUP_RADIUS: 0.0}.items():
-            group.setdefault(name, value)
+        group.setdefault(BASE_LR, float(group["lr"]))
+        group.setdefault(GROUP_RADIUS, 0.0)
+        for name in OPTIONS:
+            group.setdefault(name, defaults[name])
     head = groups[0]
     for name, value in {**COUNTERS, RULE_NAME: type(rule).__name__}.items():
         head.setdefault(name, value)
