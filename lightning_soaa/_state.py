@@ -64,7 +64,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         check_between("SOAA", f"betas[{index}]", beta, -1e-300, 1, "in [0, 1)")
     check_positive("SOAA", "eps", group["eps"])
     check_nonnegative("SOAA", "weight_decay", group["weight_decay"])
-    if group["foreach"] not in {None, True, False}:
+    if not isinstance(group["foreach"], bool | None):
         refuse("SOAA", "foreach", "None, True or False", group["foreach"], TypeError)
     if not isinstance(group["maximize"], bool):
         refuse("SOAA", "maximize", "a bool", group["maximize"], TypeError)

@@ -404,3 +404,26 @@ def test_state_dict_of_adamw_is_refused():
     x = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="SOAA: `state_dict` must be SOAA's own, with `radius` in its first group"):
         SOAA([x]).load_state_dict(torch.optim.AdamW([x]).state_dict())
+
+
+@pytest.mark.parametrize("how", ["keyword", "bound"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradient_scaler_that_passes_no_closure_changes_nothing(rule, how):
+    plain, scaled = Problem(rule), Problem(rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(12):
+        scaled.optimizer.zero_grad()
+        loss = scaled.loss()
+        scaler.scale(loss).backward()
+        if step == 5:  # the scaler skips this step by itself
+            scaled.params[0].grad.fill_(float("inf"))
+        else:
+            plain.step()
+        scaled.optimizer.bind_loss_closure(scaled.loss_closure, base_loss=loss)
+        if how == "keyword" and rule == "ratio":
+            scaler.step(scaled.optimizer, loss_closure=scaled.loss_closure)
+        else:
+            scaler.step(scaled.optimizer)
+        scaler.update()
+        plain.batch, scaled.batch = step + 1, step + 1
+    assert_same(plain.facts(), scaled.facts(), but=["trials"])

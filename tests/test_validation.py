@@ -1,0 +1,217 @@
+"""Every refusal, word for word, and that a refused call changes nothing."""
+
+import math
+import re
+
+import pytest
+import torch
+from problems import RULES, Problem, assert_same
+
+from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
+
+
+def exactly(text):
+    return f"^{re.escape(text)}$"
+
+
+OPTIONS = [
+    ({"lr": -1.0}, ValueError, "SOAA: `lr` must be >= 0, got -1.0"),
+    ({"lr": math.nan}, ValueError, "SOAA: `lr` must be finite, got nan"),
+    ({"lr": math.inf}, ValueError, "SOAA: `lr` must be finite, got inf"),
+    ({"lr": "1"}, TypeError, "SOAA: `lr` must be a real number, got '1'"),
+    ({"lr": True}, TypeError, "SOAA: `lr` must be a real number, got True"),
+    ({"lr": None}, TypeError, "SOAA: `lr` must be a real number, got None"),
+    ({"lr": torch.ones(2)}, ValueError, "SOAA: `lr` must be a number or a tensor of one element, got (2,)"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "SOAA: `lr` must be >= 0, got -1.0"),
+    ({"betas": (1.0, 0.9)}, ValueError, "SOAA: `betas[0]` must be in [0, 1), got 1.0"),
+    ({"betas": (0.9, -0.1)}, ValueError, "SOAA: `betas[1]` must be in [0, 1), got -0.1"),
+    ({"betas": (0.9, math.nan)}, ValueError, "SOAA: `betas[1]` must be finite, got nan"),
+    ({"betas": (0.9,)}, TypeError, "SOAA: `betas` must be a pair of numbers, got (0.9,)"),
+    ({"betas": 0.9}, TypeError, "SOAA: `betas` must be a pair of numbers, got 0.9"),
+    ({"betas": ("a", 0.9)}, TypeError, "SOAA: `betas[0]` must be a real number, got 'a'"),
+    ({"eps": 0.0}, ValueError, "SOAA: `eps` must be > 0, got 0.0"),
+    ({"eps": -1.0}, ValueError, "SOAA: `eps` must be > 0, got -1.0"),
+    ({"eps": math.inf}, ValueError, "SOAA: `eps` must be finite, got inf"),
+    ({"weight_decay": -0.1}, ValueError, "SOAA: `weight_decay` must be >= 0, got -0.1"),
+    ({"weight_decay": None}, TypeError, "SOAA: `weight_decay` must be a real number, got None"),
+    ({"foreach": 3}, TypeError, "SOAA: `foreach` must be None, True or False, got 3"),
+    ({"foreach": 1}, TypeError, "SOAA: `foreach` must be None, True or False, got 1"),
+    ({"foreach": []}, TypeError, "SOAA: `foreach` must be None, True or False, got []"),
+    ({"maximize": 1}, TypeError, "SOAA: `maximize` must be a bool, got 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+def test_invalid_option_is_refused_as_argument(options, error, text):
+    with pytest.raises(error, match=exactly(text)):
+        SOAA([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+def test_invalid_option_is_refused_in_the_second_group(options, error, text):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(3)]
+    groups[1] |= options
+    with pytest.raises(error, match=exactly(text)):
+        SOAA(groups)
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+def test_invalid_option_is_refused_in_a_group_added_later_and_nothing_changes(options, error, text):
+    problem = Problem("ratio").run(2)
+    before = problem.facts()
+    with pytest.raises(error, match=exactly(text)):
+        problem.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], **options})
+    assert_same(before, problem.facts())
+    assert len(problem.optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"radius": 1.0}, "SOAA: `radius` must be a radius rule such as RatioRadius(), got 1.0"),
+        ({"radius": FixedRadius}, f"SOAA: `radius` must be a radius rule such as RatioRadius(), got {FixedRadius!r}"),
+        ({"fisher": None}, "SOAA: `fisher` must be a Fisher estimate such as DiagonalFisher(), got None"),
+    ],
+)
+def test_unknown_rule_object_is_refused(options, text):
+    with pytest.raises(TypeError, match=exactly(text)):
+        SOAA([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'"):
+        SOAA([torch.nn.Parameter(torch.ones(1))], momentum=0.9)
+
+
+@pytest.mark.parametrize("params", [[], (), iter(())])
+def test_empty_parameter_list_is_refused(params):
+    with pytest.raises(ValueError, match=exactly("SOAA: `params` must be a non-empty iterable of parameters, got []")):
+        SOAA(params)
+
+
+def test_torchs_own_refusals_of_parameters_stand():
+    x = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+        SOAA(x)
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        SOAA([{"params": [x]}, {"params": [x]}])
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        SOAA([x * 2])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        SOAA([x, x])
+
+
+def test_groups_that_do_not_agree_on_maximize_are_refused():
+    x, y = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    with pytest.raises(ValueError, match=exactly("SOAA: `maximize` must be the same in all groups, got True")):
+        SOAA([{"params": [x]}, {"params": [y], "maximize": True}])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: FixedRadius(0), ValueError, "FixedRadius: `radius` must be > 0, got 0.0"),
+        (lambda: FixedRadius(math.inf), ValueError, "FixedRadius: `radius` must be finite, got inf"),
+        (lambda: PublishedRadius(0), ValueError, "PublishedRadius: `total_steps` must be >= 1, got 0"),
+        (lambda: PublishedRadius(1.5), TypeError, "PublishedRadius: `total_steps` must be an int, got 1.5"),
+        (lambda: PublishedRadius(9, gamma=1), ValueError, "PublishedRadius: `gamma` must be in (0, 1), got 1.0"),
+        (
+            lambda: PublishedRadius(9, initial_radius=-1),
+            ValueError,
+            "PublishedRadius: `initial_radius` must be > 0, got -1.0",
+        ),
+        (lambda: RatioRadius(start=0), ValueError, "RatioRadius: `start` must be > 0, got 0.0"),
+        (lambda: RatioRadius(relative="x"), TypeError, "RatioRadius: `relative` must be a real number, got 'x'"),
+        (lambda: RatioRadius(grow_above=1.0), ValueError, "RatioRadius: `grow_above` must be in (0, 1), got 1.0"),
+        (lambda: RatioRadius(shrink_below=0.0), ValueError, "RatioRadius: `shrink_below` must be in (0, 1), got 0.0"),
+        (
+            lambda: RatioRadius(shrink_below=0.8),
+            ValueError,
+            "RatioRadius: `shrink_below` must be < grow_above = 0.7, got 0.8",
+        ),
+        (lambda: RatioRadius(interval=0), ValueError, "RatioRadius: `interval` must be >= 1, got 0"),
+        (lambda: RatioRadius(max_trials=True), TypeError, "RatioRadius: `max_trials` must be an int, got True"),
+    ],
+)
+def test_invalid_rule_is_refused(make, error, text):
+    with pytest.raises(error, match=exactly(text)):
+        make()
+
+
+NO_TRIAL = (
+    "SOAA: `loss_closure` must be given under RatioRadius, got None; pass step(closure, loss_closure=...), a forward "
+    "pass on the same batch, or choose FixedRadius()"
+)
+
+
+def test_ratio_radius_without_a_loss_closure_is_refused_before_the_closure_runs():
+    problem = Problem("ratio").run(2)
+    before, calls = problem.facts(), problem.calls["closure"]
+    with pytest.raises(ValueError, match=exactly(NO_TRIAL)):
+        problem.optimizer.step(problem.closure)
+    with pytest.raises(ValueError, match=exactly(NO_TRIAL)):
+        problem.optimizer.step()
+    assert_same(before, problem.facts())
+    assert problem.calls["closure"] == calls
+
+
+LOSSES = [
+    (torch.ones(3), "must return a scalar loss, got a tensor of shape (3,)"),
+    (torch.ones(()) * 1j, "must return a real loss, got a tensor of torch.complex64"),
+    (1j, "must return a real loss, got 1j"),
+    ("loss", "must return a scalar loss, got 'loss'"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), LOSSES)
+@pytest.mark.parametrize("rule", RULES)
+def test_closure_that_returns_no_real_scalar_is_refused(rule, value, text):
+    problem = Problem(rule).run(2)
+    before = problem.facts()
+
+    def closure():
+        problem.closure()
+        return value
+
+    with pytest.raises(TypeError, match=exactly(f"SOAA: `closure` {text}")):
+        problem.optimizer.step(closure, loss_closure=problem.loss_closure)
+    assert_same(before, problem.facts())
+
+
+@pytest.mark.parametrize(("value", "text"), [*LOSSES, (None, "must return a scalar loss, got None")])
+def test_loss_closure_that_returns_no_real_scalar_is_refused(value, text):
+    problem = Problem("ratio").run(2)
+    before = problem.facts()
+    with pytest.raises(TypeError, match=exactly(f"SOAA: `loss_closure` {text}")):
+        problem.optimizer.step(problem.closure, loss_closure=lambda: value)
+    assert_same(before, problem.facts())
+
+
+def test_missing_loss_is_refused_under_the_published_rule():
+    problem = Problem("published").run(2)
+    before = problem.facts()
+    text = exactly("SOAA: `closure` must return the loss under PublishedRadius, got None")
+    with pytest.raises(ValueError, match=text):
+        problem.optimizer.step(lambda: problem.closure() and None)
+    with pytest.raises(ValueError, match=text):
+        problem.optimizer.step()
+    assert_same(before, problem.facts())
+
+
+def test_loss_closure_to_bind_must_be_callable():
+    with pytest.raises(TypeError, match=exactly("SOAA: `loss_closure` must be callable, got 1.0")):
+        Problem("ratio").optimizer.bind_loss_closure(1.0)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_sparse_gradient_is_refused_by_name(named):
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = SOAA(table.named_parameters() if named else table.parameters(), radius=FixedRadius())
+    table(torch.tensor([1])).sum().backward()
+    before = table.weight.detach().clone()
+    who = "weight" if named else "0 of group 0"
+    text = f"SOAA: `params` must be given dense gradients, got 'a torch.sparse_coo of parameter {who}'"
+    with pytest.raises(TypeError, match=exactly(text)):
+        optimizer.step()
+    assert torch.equal(before, table.weight)
+    assert not optimizer.state
