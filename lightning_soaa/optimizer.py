@@ -58,7 +58,8 @@ class SOAA(Optimizer):
         params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
         lr: learning rate (default: 1e-3). Under RatioRadius it only scales where the search for the radius starts;
             schedulers multiply the step as everywhere.
-        betas: decays of the two moments, each in [0, 1) (default: (0.9, 0.999)).
+        betas: decays of the two moments, each in [0, 1) (default: None, which is (0.9, 0.99) under RatioRadius and
+            Adam's (0.9, 0.999) under the other rules).
         eps: constant in the denominators, > 0 (default: 1e-8).
         weight_decay: decoupled weight decay, >= 0 (default: 0).
         radius: the radius rule (default: ``RatioRadius()``).
@@ -94,7 +95,7 @@ class SOAA(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -109,7 +110,7 @@ class SOAA(Optimizer):
             refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
         defaults: dict[str, Any] = {
             "lr": lr,
-            "betas": betas,
+            "betas": radius.betas if betas is None else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "foreach": foreach,

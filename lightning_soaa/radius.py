@@ -70,12 +70,14 @@ class AbstractRadius(ABC):
             ``radius * lr / (largest initial lr of all groups)``. Otherwise the group's lr multiplies the step as in
             the published rule.
         cautious: coordinates whose direction does not descend along the gradient of the batch stay where they are.
+        betas: decays of the two moments where the user names none.
     """
 
     needs_loss: ClassVar[bool] = False
     needs_trial: ClassVar[bool] = False
     folds_lr: ClassVar[bool] = False
     cautious: ClassVar[bool] = False
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     @abstractmethod
     def init(self, lr: float) -> Numbers:
@@ -168,7 +170,8 @@ class RatioRadius(AbstractRadius):
     mean square of the parameters, or further while the acceptance ratio stays above `grow_above`, or less far if it
     falls below `shrink_below`. From then on every `interval`-th step is a check; the mean acceptance ratio of the
     checks lets the radius grow above the one and shrink below the other, and between them it drifts back to its prior,
-    `relative` times the parameters' scale. A step that makes its own batch worse is undone, and the radius halved.
+    `relative` times the parameters' scale. A step that raises its own batch's loss by more than it promised to lower
+    it is undone, and the radius halved.
 
     Where a scheduler multiplies the step by f < 1, curvature eats less of it; the radius grows only if it eats less
     than f times the share that `grow_above` allows, so that it does not work against the schedule.
@@ -190,6 +193,7 @@ class RatioRadius(AbstractRadius):
     needs_trial: ClassVar[bool] = True
     folds_lr: ClassVar[bool] = True
     cautious: ClassVar[bool] = True
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 
     start: float = 0.01
     relative: float = 0.2
@@ -224,7 +228,7 @@ class RatioRadius(AbstractRadius):
         radius, phase = numbers["radius"], int(numbers["phase"])
         if evidence.predicted == 0:  # nothing moved or nothing was promised: nothing to learn
             return Decision(dict(numbers), accepted=True)
-        if falls_short(evidence, 0.5 if phase == 2 else 0.0):
+        if falls_short(evidence, 0.5 if phase == 2 else -1.0):
             new = {**numbers, "radius": radius * (0.25 if phase == 2 else 0.5), "phase": 2 if phase == 2 else 0}
             return Decision(new, accepted=False, retry=evidence.attempt < self.max_trials)
         memory = 0.5 if phase else 0.8

@@ -129,7 +129,7 @@ class ReferenceSOAA:
         if promised == 0:
             return True
         noise = 8 * np.finfo(float).eps * abs(loss)
-        wanted = 0.5 if self.phase == 2 else 0.0
+        wanted = 0.5 if self.phase == 2 else -1.0
         if not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise:
             self.d *= 0.25 if self.phase == 2 else 0.5
             self.phase = 2 if self.phase == 2 else 0

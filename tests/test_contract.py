@@ -361,11 +361,20 @@ def test_plateau_scheduler_multiplies_the_bound_too():
     assert problem.optimizer.param_groups[0]["group_radius"] == pytest.approx(0.1 * radius, rel=1e-12)
 
 
-def test_defaults_are_what_callbacks_read():
-    optimizer = Problem("ratio", lr=0.02, weight_decay=0.3).optimizer
-    assert optimizer.defaults["betas"] == (0.9, 0.999)
+@pytest.mark.parametrize(
+    ("rule", "given", "betas"),
+    [
+        ("fixed", None, (0.9, 0.999)),
+        ("published", None, (0.9, 0.999)),
+        ("ratio", None, (0.9, 0.99)),
+        ("ratio", (0.8, 0.95), (0.8, 0.95)),
+    ],
+)
+def test_defaults_are_what_callbacks_read(rule, given, betas):
+    optimizer = Problem(rule, lr=0.02, weight_decay=0.3, betas=given).optimizer
+    assert optimizer.defaults["betas"] == betas
     for group in optimizer.param_groups:
-        assert (group["lr"], group["weight_decay"], group["betas"]) == (0.02, 0.3, (0.9, 0.999))
+        assert (group["lr"], group["weight_decay"], group["betas"]) == (0.02, 0.3, betas)
 
 
 def test_named_parameters_are_accepted_and_saved():

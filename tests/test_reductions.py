@@ -134,7 +134,7 @@ NAN = math.nan
         (0.21, 1, 0.4, 0.6, 1.0, 1.0, 0.21, 0, True, 1, False),  # arrived at the prior
         (0.21, 1, 0.1, 0.9, 1.0, 1.0, 0.2625, 1, True, 1, False),  # arrived, but curvature eats little yet
         (0.04, 1, 0.6, 0.4, 1.0, 1.0, 0.016, 0, True, 1, False),  # curvature eats more than half: back off
-        (0.04, 1, 0.0, -0.1, 1.0, 1.0, 0.02, 0, False, 1, True),  # burn-in ends where the loss rises
+        (0.04, 1, 0.0, -1.1, 1.0, 1.0, 0.02, 0, False, 1, True),  # the loss rose by more than it was to fall: undo
         (0.04, 0, 0.4, 0.6, 1.0, 1.0, 0.044, 0, True, 1, False),  # drift up to the prior
         (0.19, 0, 0.4, 0.6, 1.0, 1.0, 0.2, 0, True, 1, False),  # not beyond it
         (0.40, 0, 0.4, 0.6, 1.0, 1.0, 0.39, 0, True, 1, False),  # drift down to the prior
@@ -142,6 +142,7 @@ NAN = math.nan
         (0.40, 0, 0.1, 0.9, 1.0, 1.0, 0.48, 0, True, 1, False),  # also beyond the prior
         (0.40, 0, 0.1, 0.9, 1.0, 0.2, 0.39, 0, True, 1, False),  # but not against the schedule
         (0.04, 0, 0.6, 0.4, 1.0, 1.0, 0.034, 0, True, 1, False),  # shrink
+        (0.04, 1, 0.0, -0.1, 1.0, 1.0, 0.016, 0, True, 1, False),  # it rose by less: back off, but keep the step
         (0.04, 0, 0.6, NAN, 1.0, 1.0, 0.02, 0, False, 1, True),  # not finite: undo and halve
         (
             1e-5,
