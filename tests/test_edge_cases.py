@@ -447,7 +447,7 @@ def test_rejected_step_puts_back_every_bit(dtype, weight_decay, foreach):
 
 
 def test_trials_of_one_step_start_from_the_same_point_and_shrink_with_the_radius():
-    problem = Problem(Script("ttta", shrink=0.25), weight_decay=0.0)
+    problem = Problem(Script("ttta", radius=0.1, shrink=0.25))
     start, points = flat(problem), []
     problem.optimizer.step(problem.closure, loss_closure=lambda: points.append(flat(problem)) or problem.loss())
     lengths = [np.linalg.norm(p - start) for p in points]
@@ -567,7 +567,7 @@ def test_report_and_radius_before_during_and_after(rule):
     with pytest.raises(FrozenInstanceError):
         first.step = 5
     for field in fields(StepReport):
-        assert type(getattr(first, field.name)).__name__ == field.type, field.name
+        assert type(getattr(first, field.name)) is field.type, field.name
 
 
 def test_report_read_late_or_twice_is_the_one_of_its_step():

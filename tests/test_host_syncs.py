@@ -2,23 +2,29 @@
 
 import pytest
 import torch
-from problems import Problem
+from problems import RULES, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_soaa._proposal
 import lightning_soaa._trust_region
 import lightning_soaa.optimizer
+from lightning_soaa import SOAA, FixedRadius, RatioRadius
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select
+}  # fmt: skip
 
 
 class CountReads(TorchDispatchMode):
-    """Counts scalars read by the host, one at a time or as a list."""
+    """Counts operations whose outcome the host must wait for."""
 
     def __init__(self):
         super().__init__()
         self.scalars = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}:
+        if func.overloadpacket in READS:
             self.scalars += 1
         return func(*args, **(kwargs or {}))
 
@@ -35,6 +41,24 @@ def packed(monkeypatch):
     for module in (lightning_soaa._proposal, lightning_soaa._trust_region, lightning_soaa.optimizer):
         monkeypatch.setattr(module, "read", read)
     return calls
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.item(),
+        bool,
+        float,
+        lambda x: x.nonzero(),
+        lambda x: x.equal(x),
+        lambda x: x[x > 0],
+        lambda x: [0][x],
+    ],
+)
+def test_counter_sees_what_a_host_may_wait_for(read):
+    with CountReads() as counter:
+        read(torch.zeros((), dtype=torch.int64))
+    assert counter.scalars > 0
 
 
 def step_counting(problem, packed):
@@ -54,7 +78,7 @@ def test_fixed_radius_never_reads(packed):
 
 def test_published_radius_reads_once_a_step(packed):
     problem = Problem("published")
-    assert [step_counting(problem, packed)[1] for _ in range(10)] == [1] * 10
+    assert [step_counting(problem, packed) for _ in range(10)] == [(0, 1)] * 10
 
 
 def test_ratio_radius_reads_once_a_trial_and_not_at_all_between_checks(packed):
@@ -65,13 +89,61 @@ def test_ratio_radius_reads_once_a_trial_and_not_at_all_between_checks(packed):
         after = problem.optimizer.param_groups[0]
         trials = after["total_trials"] - before["total_trials"]
         assert reads == trials
-        if trials:
-            checked += 1
-        else:
-            plain += 1
-            assert scalars == 0
+        assert scalars == 0
+        checked += trials > 0
+        plain += trials == 0
     assert checked > 20
     assert plain > 20
+
+
+def test_check_of_several_trials_reads_once_for_each(packed):
+    problem = Problem("ratio", lr=1e7)
+    assert step_counting(problem, packed) == (0, 4)
+    assert packed == [packed[0]] * 4
+
+
+@pytest.mark.parametrize("how", ["state_dict", "copy"])
+def test_what_settles_the_count_of_skipped_steps_reads_it_once(packed, how):
+    problem = Problem("fixed").run(3)
+    with CountReads() as counter:
+        for _ in range(2):
+            problem.optimizer.state_dict() if how == "state_dict" else problem.optimizer.__getstate__()
+    assert counter.scalars == 1
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    ("rule", "numbers"), [(FixedRadius(), {}), (RatioRadius(interval=9), {"rule_phase": 0})], ids=["fixed", "ratio"]
+)
+def test_step_that_is_no_check_runs_on_tensors_without_data(rule, numbers, foreach):
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 3), (), (0,))]
+    optimizer = SOAA(params, radius=rule, weight_decay=0.1, foreach=foreach)
+    optimizer.param_groups[0].update(numbers)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step(lambda: torch.empty((), device="meta"), loss_closure=lambda: 1 / 0)
+    assert optimizer.param_groups[0]["steps"] == 3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_operations_of_a_step_do_not_depend_on_the_number_of_values(rule):
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for size in (3, 3000):
+        x = torch.nn.Parameter(torch.ones(size))
+        optimizer = SOAA([x], radius=RULES[rule])
+        x.grad = torch.ones_like(x)
+        with Count() as count:
+            optimizer.step(lambda: 1.0, loss_closure=lambda: 0.5)
+        counts.append(count.calls)
+    assert counts[0] == counts[1]
 
 
 def test_only_reading_the_report_costs_more(packed):

@@ -948,7 +948,9 @@ TORCH_TABLES = """
     for row in info.optim_error_inputs_func("cpu", torch.float32):
         wanted = row.optimizer_error_input
         params = wanted.params if wanted.params is not None else [torch.nn.Parameter(torch.ones(1, 1))]
-        regex = "`lr` must be a number or a tensor of one element" if "1-element" in row.error_regex else row.error_regex
+        regex = row.error_regex
+        if "1-element" in regex:
+            regex = "SOAA: `lr` must be a number or a tensor of one element"
         if issubclass(row.error_type, Warning):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")

@@ -1,0 +1,111 @@
+"""Two gloo processes under every rule: no decision is taken from what only one of them knows."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import Problem
+
+from lightning_soaa import FixedRadius, PublishedRadius, RatioRadius
+
+RULES = {
+    "fixed": FixedRadius(0.05),
+    "published": PublishedRadius(20),
+    "ratio": RatioRadius(start=20.0, interval=2),
+}
+STEPS, NAN_STEPS = 20, {1, 12}
+
+
+def train(rule, rank):
+    """Step on gradients averaged over ranks and on the loss of this rank alone; return all that came of it."""
+    problem, history = Problem(rule, lr=0.05, weight_decay=0.01), []
+
+    def loss():
+        problem.spoil = float("nan") if rank == 1 and problem.batch in NAN_STEPS else 1.0 + 3 * rank
+        return problem.loss()
+
+    def closure():
+        problem.optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        for p in problem.params:
+            p.grad.nan_to_num_(0.0)
+            dist.all_reduce(p.grad)
+        return value
+
+    for _ in range(STEPS):
+        problem.optimizer.step(closure, loss_closure=loss)
+        problem.batch += 1
+        report = problem.optimizer.last_step
+        point = torch.cat([p.detach().flatten() for p in problem.params])
+        history.append((point, vars(report)))
+    state = {i: problem.optimizer.state[p] for i, p in enumerate(problem.params)}
+    return history, state
+
+
+def run_rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        torch.save({name: train(rule, rank) for name, rule in RULES.items()}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks came to, from a process that is killed when it takes too long; what a rank raises fails here."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, str(port), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_both_ranks_hold_the_same_bits_after_every_step(ranks, rule):
+    (first, first_state), (second, second_state) = (rank[rule] for rank in ranks)
+    for (x, report), (y, other) in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+        assert all(other[key] == value or value != value for key, value in report.items()), (report, other)
+    for index, entry in first_state.items():
+        assert entry["step"] == second_state[index]["step"]
+        assert all(torch.equal(entry[key], second_state[index][key]) for key in ("m", "v"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_that_is_nan_on_one_rank_skips_the_step_on_both(ranks, rule):
+    for rank in ranks:
+        history = rank[rule][0]
+        assert {step for step, (_, report) in enumerate(history) if report["skipped"]} == NAN_STEPS
+        for step in NAN_STEPS:
+            assert torch.equal(history[step][0], history[step - 1][0])
+            assert history[step][1]["radius"] == history[step - 1][1]["radius"]
+
+
+def test_decisions_of_both_kinds_were_taken(ranks):
+    reports = [report for _, report in ranks[0]["ratio"][0]]
+    assert any(report["trials"] > 1 for report in reports)
+    assert any(report["checked"] and report["accepted"] for report in reports)
+    assert any(not report["checked"] and not report["skipped"] for report in reports)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reported_loss_is_the_mean_of_both_ranks(ranks, rule):
+    loss = Problem(RULES[rule]).loss().item()
+    for rank in ranks:
+        assert rank[rule][0][0][1]["base_loss"] == pytest.approx((1 + 4) / 2 * loss, rel=1e-14)
+
+
+if __name__ == "__main__":
+    mp.spawn(run_rank, args=(int(sys.argv[1]), sys.argv[2]), nprocs=2)  # raises what a rank raises
