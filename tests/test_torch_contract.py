@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import itertools
 import subprocess
 import sys
 import textwrap
@@ -107,7 +106,7 @@ def test_twenty_steps_go_the_right_way(kwargs, rule, grouped, contiguous):
     loss = lambda: sign * (weight.mv(x) + bias).square().sum()  # noqa: E731
     first, start = sign * loss().item(), weight.detach().clone()
     drive(optimizer, loss, 20)
-    assert sign * loss().item() < first
+    assert sign * loss().item() < 0.9999 * first
     assert not torch.equal(weight, start)
     assert weight.is_contiguous() == contiguous
 
@@ -334,7 +333,7 @@ def test_groups_keep_their_own_betas_and_eps():
     torch.testing.assert_close(noise(4) - y.detach(), torch.full_like(y, 1e-3 / (c + 1.0)), atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[5::9])
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 1, 0)])
 @each_rule
 def test_order_and_number_of_groups_is_irrelevant(rule, order):
     whole, split = Problem(rule).run(58), Problem(rule)
@@ -442,7 +441,11 @@ def test_default_dtype_changes_no_bit(rule, dtype, default):
     def run():
         params = families(dtype)
         optimizer = SOAA(params, lr=0.01, radius=rule, weight_decay=0.1)
-        drive(optimizer, lambda: squares(*params).double(), 8)
+        drive(optimizer, lambda: squares(*params).double(), 4)
+        for p in params:
+            p.grad = p.detach() + 1
+        for loss in (1 / 3, 1 / 7, 1 / 9):  # plain floats are not rounded to the default dtype
+            optimizer.step(lambda loss=loss: loss, loss_closure=lambda loss=loss: loss - 1e-5)
         report = optimizer.last_step
         return {**everything(optimizer), **{f"report {key}": value for key, value in vars(report).items()}}
 
@@ -515,6 +518,8 @@ def test_missing_gradients_are_a_no_op_also_with_integer_parameters(kwargs, rule
         assert optimizer.step(lambda: torch.tensor([1]), loss_closure=lambda: torch.tensor([1])).item() == 1
     else:
         assert optimizer.step() is None
+        assert len(optimizer.state) == len(params) - 1
+    assert params[-1] not in optimizer.state
     assert all(torch.equal(bits(p), kept) for p, kept in zip(params, before, strict=True))
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert optimizer.last_step is None
