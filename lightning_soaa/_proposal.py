@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_soaa._checks import refuse
 from lightning_soaa._state import STEP, as_real, state_dtype
-from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, norms, wide_dtype
+from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, square_sum, wide_dtype
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
 
@@ -59,15 +59,17 @@ class Proposal:
         """Return the device on which sums over buckets are formed."""
         return self.buckets[0].device
 
-    def total(self, parts: Iterable[Tensor]) -> Tensor:
-        """Return the sum of small tensors from several devices, on the home device."""
-        return torch.stack([part.to(self.home) for part in parts]).sum(0)
-
     def release(self) -> None:
         """Drop gradients and directions, so that a kept proposal holds no memory of its own."""
         self.directions = []
         for bucket in self.buckets:
             bucket.grads = []
+
+
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of small tensors, one a bucket, on the device of the first."""
+    listed = list(parts)
+    return torch.stack([part.to(listed[0].device) for part in listed]).sum(0)
 
 
 def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
@@ -141,17 +143,13 @@ def gather(
 
 def absorb(buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher) -> Proposal:
     """Let the Fisher absorb all gradients, unless one of them or the loss is not finite (steps 1 and 3)."""
-    home = buckets[0].device
-    proposal = Proposal(
-        buckets, base, ok=torch.ones((), dtype=torch.bool, device=home), scale=torch.ones((), device=home)
-    )
-    squares = proposal.total(norms(bucket.grads, 2, foreach=bucket.foreach).square().sum() for bucket in buckets)
-    proposal.ok = squares.isfinite() if base is None else squares.isfinite() & base.isfinite()
+    ok = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets).isfinite()
+    if base is not None:
+        ok = ok & base.isfinite()
     for bucket in buckets:
-        fisher.update(bucket, proposal.ok.to(bucket.device))
-    mean, spread = proposal.total(fisher.sums(bucket) for bucket in buckets)
-    proposal.scale = 1 + mean / spread
-    return proposal
+        fisher.update(bucket, ok.to(bucket.device))
+    mean, spread = total(fisher.sums(bucket) for bucket in buckets)
+    return Proposal(buckets, base, ok, scale=1 + mean / spread)
 
 
 def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
@@ -170,9 +168,8 @@ def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *
     for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True):
         if cautious:
             drop_disagreement(directions, bucket.grads)
-        square = norms(directions, 2, foreach=bucket.foreach).square().sum()
-        squares.append(square * sizes[bucket.group].lr ** 2)
-    proposal.square = proposal.total(squares)
+        squares.append(square_sum(directions, foreach=bucket.foreach) * sizes[bucket.group].lr ** 2)
+    proposal.square = total(squares)
 
 
 def move(proposal: Proposal, *, decay: bool) -> None:
@@ -193,7 +190,7 @@ def move(proposal: Proposal, *, decay: bool) -> None:
 
 def linear_reduction(proposal: Proposal) -> Tensor:
     """Return ``-(g . s)`` for the gradient that was absorbed and the step without weight decay, 0-d."""
-    return proposal.total(
+    return total(
         dots(bucket.grads, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
     )
@@ -204,7 +201,7 @@ def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
 
     The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule as published.
     """
-    return proposal.total(
+    return total(
         fisher.model_reduction(bucket, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
     )
@@ -212,8 +209,8 @@ def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
 
 def parameter_mean_square(proposal: Proposal) -> Tensor:
     """Return the mean square of all parameters of the proposal, 0-d; nan without coordinates."""
-    squares = (norms(bucket.params, 2, foreach=bucket.foreach).square().sum() for bucket in proposal.buckets)
-    return proposal.total(squares) / sum(bucket.numel for bucket in proposal.buckets)
+    squares = (square_sum(bucket.params, foreach=bucket.foreach) for bucket in proposal.buckets)
+    return total(squares) / sum(bucket.numel for bucket in proposal.buckets)
 
 
 def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:

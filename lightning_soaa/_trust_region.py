@@ -51,8 +51,15 @@ def search(
         known |= {"trials": attempt, "missed": int(missed)}
         if not ok:
             return numbers, known
-        seen = replace(evidence, base=base, trial=trial, predicted=promised, attempt=attempt)
-        seen = replace(seen, noise=evidence.noise * abs(base), parameter_rms=square**0.5)
+        seen = replace(
+            evidence,
+            base=base,
+            trial=trial,
+            predicted=promised,
+            attempt=attempt,
+            noise=evidence.noise * abs(base),
+            parameter_rms=square**0.5,
+        )
         decision = rule.update(numbers, seen)
         numbers = decision.numbers
         known |= {"accepted": decision.accepted, "reductions": (promised, base - trial)}

@@ -84,6 +84,11 @@ def norms(tensors: Sequence[Tensor], order: int, *, foreach: bool) -> Tensor:
     return torch.stack(parts).to(wide_dtype(tensors[0].device))
 
 
+def square_sum(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
+    """Return the sum of squares of all entries, 0-d in the wide dtype."""
+    return norms(tensors, 2, foreach=foreach).square().sum()
+
+
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return ``sum_i <left_i, right_i>`` as a 0-d tensor in the wide dtype."""
     parts = [(a * b).sum() for a, b in zip(left, right, strict=True)]
@@ -215,7 +220,7 @@ class DiagonalFisher:
 
     def sums(self, bucket: Bucket) -> Tensor:
         """Return ``[sum(mh^2), sum(vh + eps)]`` over the bucket (the two sums of step 3), shape (2,)."""
-        moment = norms(bucket.state[MOMENT], 2, foreach=bucket.foreach).square().sum() / bucket.correction1**2
+        moment = square_sum(bucket.state[MOMENT], foreach=bucket.foreach) / bucket.correction1**2
         square = norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
         return torch.stack((moment, square + bucket.eps * bucket.numel))
 

@@ -20,7 +20,19 @@ from lightning_soaa.monitor import TrustRegionMonitor
 from lightning_soaa.radius import AbstractRadius, Decision
 
 BATCHES, BATCH = 8, 6
-torch.set_num_threads(1)
+
+# The fixed keys of the monitor, with one optimizer and one parameter group.
+TRUST_REGION = {
+    "trust_region/radius",
+    "trust_region/acceptance_ratio",
+    "trust_region/acceptance_rate",
+    "trust_region/predicted_reduction",
+    "trust_region/actual_reduction",
+    "trust_region/step_norm",
+    "trust_region/trials",
+    "trust_region/skipped_steps",
+}
+FISHER = {"fisher/mean", "fisher/min", "fisher/max", "fisher/trace", "fisher/active_fraction"}
 
 # What Lightning itself warns of in these runs.
 QUIET = [

@@ -9,26 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_models import FISHER, TRUST_REGION
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_soaa import SOAA, TrustRegionMonitor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
-KEYS = {
-    "trust_region/radius",
-    "trust_region/acceptance_ratio",
-    "trust_region/acceptance_rate",
-    "trust_region/predicted_reduction",
-    "trust_region/actual_reduction",
-    "trust_region/step_norm",
-    "trust_region/trials",
-    "trust_region/skipped_steps",
-    "fisher/mean",
-    "fisher/min",
-    "fisher/max",
-    "fisher/trace",
-    "fisher/active_fraction",
-}
+KEYS = TRUST_REGION | FISHER
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -42,14 +29,6 @@ def digits():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(digits, *, lr=1e-3, epochs=10, logger=False, kind=None, seed=0):

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_models import FISHER, TRUST_REGION
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -19,18 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
 ]
-
-TRUST_REGION = {
-    "trust_region/radius",
-    "trust_region/acceptance_ratio",
-    "trust_region/acceptance_rate",
-    "trust_region/predicted_reduction",
-    "trust_region/actual_reduction",
-    "trust_region/step_norm",
-    "trust_region/trials",
-    "trust_region/skipped_steps",
-}
-FISHER = {"fisher/mean", "fisher/min", "fisher/max", "fisher/trace", "fisher/active_fraction"}
 
 
 def net():
