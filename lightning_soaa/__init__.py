@@ -1,5 +1,6 @@
 """SOAA: a PyTorch optimizer without a learning rate, and its PyTorch Lightning front door."""
 
+from lightning_soaa.advice import TrustRegionWarning as TrustRegionWarning
 from lightning_soaa.fisher import DiagonalFisher as DiagonalFisher
 from lightning_soaa.module import SOAAMixin as SOAAMixin
 from lightning_soaa.monitor import TrustRegionMonitor as TrustRegionMonitor

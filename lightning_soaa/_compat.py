@@ -45,9 +45,9 @@ def info(trainer: Any, text: str) -> None:
     lightning(trainer, "utilities.rank_zero").rank_zero_info(text)
 
 
-def warn(trainer: Any, text: str) -> None:
+def warn(trainer: Any, text: str, category: type[Warning] = UserWarning) -> None:
     """Warn on the first process."""
-    lightning(trainer, "utilities.rank_zero").rank_zero_warn(text)
+    lightning(trainer, "utilities.rank_zero").rank_zero_warn(text, category=category)
 
 
 def automatic_loop(trainer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""TrustRegionMonitor: logs what SOAA reports, in the rows that the trainer writes anyway."""
+"""TrustRegionMonitor: logs what SOAA reports, in the rows that the trainer writes anyway, and says what looks wrong."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import nan
@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_soaa._checks import refuse
+from lightning_soaa._compat import warn
+from lightning_soaa.advice import TrustRegionWarning, Watch, advise
 from lightning_soaa.console import EpochRow, epoch_lines, render
 from lightning_soaa.metrics import FIGURES, EpochFigures
 from lightning_soaa.report import StepReport
@@ -48,8 +50,9 @@ class Monitored(Protocol):
 class TrustRegionMonitor(Callback):
     """Log radius, acceptance and Fisher statistics of :class:`~lightning_soaa.SOAA` to the Trainer's loggers.
 
-    Values join the row that the trainer writes for the batch, every ``log_every_n_steps`` optimizer steps; nothing is
-    computed or read on other batches. The keys are the same in all rows, ``nan`` where there is no value:
+    Values join the row that the trainer writes for the batch, every ``log_every_n_steps`` optimizer steps; on other
+    batches nothing is computed, and only numbers that are on the host are looked at. The keys are the same in all
+    rows, ``nan`` where there is no value:
 
     ======================================  =============================================================
     ``trust_region/radius``                 what the next step starts from
@@ -73,9 +76,11 @@ class TrustRegionMonitor(Callback):
 
     Args:
         console: print a line at the end of each epoch, above the progress bar. Without a bar there is no line.
+        advice: warn (:class:`~lightning_soaa.advice.TrustRegionWarning`, on the first process) of what looks wrong,
+            with a remedy: each kind of advice once a run, and not again after a resume.
 
     Raises:
-        TypeError: `console` is not a bool.
+        TypeError: `console` or `advice` is not a bool.
         ValueError: at fit start, if there is no SOAA optimizer or two parameter groups have one name.
 
     Example::
@@ -83,16 +88,24 @@ class TrustRegionMonitor(Callback):
         >>> from lightning_soaa.monitor import TrustRegionMonitor
         >>> callbacks = [TrustRegionMonitor()]  # for Trainer(callbacks=callbacks)
 
-    Does nothing without a logger, except for the line. Does not read ahead: where another callback stops the run after
-    the monitor has seen the batch, the row written then repeats the values of the row before.
+    Without a logger there is only the line and the advice. Does not read ahead: where another callback stops the run
+    after the monitor has seen the batch, the row written then repeats the values of the row before.
     """
 
-    def __init__(self, console: bool = True) -> None:
-        if not isinstance(console, bool):
-            refuse("TrustRegionMonitor", "console", "a bool", console, TypeError)
-        self.console = console
+    def __init__(self, console: bool = True, advice: bool = True) -> None:
+        for name, value in (("console", console), ("advice", advice)):
+            if not isinstance(value, bool):
+                refuse("TrustRegionMonitor", name, "a bool", value, TypeError)
+        self.console, self.advice = console, advice
         self._epoch_start: dict[str, Counts] = {}
         self._figures: dict[str, EpochFigures] = {}
+        self._watches: dict[str, Watch] = {}
+        self._said: dict[str, list[str]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
+        if stage == "fit":
+            self._said = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
@@ -108,9 +121,11 @@ class TrustRegionMonitor(Callback):
         self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in found}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting here if the run goes on in mid-epoch and its checkpoint does not say where the epoch began."""
+        """Start watching, and counting if the run goes on in mid-epoch and no checkpoint says where the epoch began."""
         for suffix, optimizer in find_optimizers(trainer.optimizers).items():
-            self._epoch_start.setdefault(suffix, counts_of(optimizer))
+            counts = counts_of(optimizer)
+            self._epoch_start.setdefault(suffix, counts)
+            self._watches[suffix] = Watch(counts["checks"], counts["accepted_checks"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's figures. Lightning does not call this when it resumes in mid-epoch."""
@@ -120,25 +135,20 @@ class TrustRegionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the values to the row of this batch, if there will be one."""
-        if not row_follows(trainer):
-            return
+        """Look at the numbers on the host; add values to the row of this batch, if there will be one."""
+        row_due = row_follows(trainer)
         # Under manual optimization the trainer writes rows for batches that only accumulate, too: no step, no report.
-        stepped = not trainer.fit_loop._should_accumulate()
+        stepped = row_due and not trainer.fit_loop._should_accumulate()
         values: dict[str, float] = {}
         for suffix, optimizer in find_optimizers(trainer.optimizers).items():
             report = optimizer.last_step if stepped else None
-            head = optimizer.param_groups[0]
-            values |= {
-                f"trust_region{suffix}/radius": head["radius"],
-                f"trust_region{suffix}/acceptance_rate": self._epoch_so_far(suffix, optimizer)["acceptance_rate"],
-                f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
-                **report_values(report, suffix),
-                **group_values(optimizer.param_groups, suffix),
-            }
-        # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
-        row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
-        pl_module.log_dict(row, on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+            if row_due:
+                values |= self._row(suffix, optimizer, report)
+            self._advise(trainer, suffix, optimizer, report)
+        if row_due:
+            # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
+            row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
+            pl_module.log_dict(row, on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""
@@ -151,16 +161,46 @@ class TrustRegionMonitor(Callback):
             figures = self._epoch_so_far(suffix, optimizer)
             radius = nan if report is None else report.radius
             rows.append(EpochRow(name=f"trust_region{suffix}", radius=radius, **figures))
+            self._advise(trainer, suffix, optimizer, report)
         if trainer.is_global_zero and getattr(bar, "is_enabled", True):  # a bar of the user's own may not say
             bar.print(render(epoch_lines(trainer.current_epoch, rows)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts at the start of the epoch, so that a run resumed in mid-epoch knows the epoch's figures."""
-        return {"epoch_start": {suffix: dict(counts) for suffix, counts in self._epoch_start.items()}}
+        """Return the counts at the start of the epoch, for the figures of a resumed run, and which advice was given."""
+        return {
+            "epoch_start": {suffix: dict(counts) for suffix, counts in self._epoch_start.items()},
+            "said": {suffix: list(kinds) for suffix, kinds in self._said.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self._epoch_start = {suffix: dict(counts) for suffix, counts in state_dict["epoch_start"].items()}
+        self._said = {suffix: list(kinds) for suffix, kinds in state_dict.get("said", {}).items()}
+
+    def _row(self, suffix: str, optimizer: Monitored, report: StepReport | None) -> dict[str, float]:
+        """Return what is logged of an optimizer; all processes must call it."""
+        head = optimizer.param_groups[0]
+        return {
+            f"trust_region{suffix}/radius": head["radius"],
+            f"trust_region{suffix}/acceptance_rate": self._epoch_so_far(suffix, optimizer)["acceptance_rate"],
+            f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
+            **report_values(report, suffix),
+            **group_values(optimizer.param_groups, suffix),
+        }
+
+    def _advise(self, trainer: Trainer, suffix: str, optimizer: Monitored, report: StepReport | None) -> None:
+        """Look at an optimizer's numbers, and at its report if there is one; warn of what has not been said yet."""
+        if not self.advice:
+            return
+        watch = self._watches[suffix]
+        watch.see_numbers(optimizer.param_groups[0])
+        watch.see_report(report)
+        for kind, text in advise(watch):
+            said = self._said.setdefault(suffix, [])
+            if kind not in said:
+                said.append(kind)
+                who = f"trust_region{suffix}: " if len(self._watches) > 1 else ""
+                warn(trainer, f"TrustRegionMonitor: {who}{text}", TrustRegionWarning)
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
         """Return the epoch's figures over all processes; all of them must call it.

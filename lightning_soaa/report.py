@@ -22,6 +22,8 @@ class StepReport:
         acceptance_ratio: actual over predicted reduction (rho) of the last check.
         predicted_reduction: what the model of the loss promised at the last check, in units of the loss.
         actual_reduction: what the same batch's loss did at the last check, in units of the loss.
+        repeat_gap: loss of a trial at no displacement minus the base loss, in the first check, in units of the loss:
+            0, or rounding, if the loss closure is deterministic; ``nan`` if it has not been measured.
         step_norm: Euclidean norm of the displacement of this step, weight decay apart; 0 if it did not move.
         fisher_mean: mean of the diagonal Fisher over all coordinates.
         fisher_min: smallest entry of the diagonal Fisher.
@@ -46,6 +48,7 @@ class StepReport:
     acceptance_ratio: float = nan
     predicted_reduction: float = nan
     actual_reduction: float = nan
+    repeat_gap: float = nan
     step_norm: float = nan
     fisher_mean: float = nan
     fisher_min: float = nan

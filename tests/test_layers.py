@@ -32,9 +32,10 @@ LAYERS = {
     "module": ({"_checks", "_compat", "_setup", "_closures", "optimizer", "trial", "monitor"}, FRONT),
     "metrics": ({"report"}, FRONT),
     "console": (set(), {"rich"}),
-    "monitor": ({"_checks", "report", "metrics", "console", "_compat"}, FRONT),
+    "advice": ({"report"}, set()),
+    "monitor": ({"_checks", "report", "metrics", "console", "advice", "_compat"}, FRONT),
     "__init__": (
-        {"fisher", "radius", "report", "optimizer", "module", "monitor"},
+        {"advice", "fisher", "radius", "report", "optimizer", "module", "monitor"},
         set(),
     ),
 }

@@ -252,7 +252,7 @@ def test_its_state_is_plain_numbers_and_comes_back(tmp_path):
     monitor, module = TrustRegionMonitor(), counting_module()
     trainer(tmp_path, monitor=monitor, max_epochs=2).fit(module, batches(4))
     state = monitor.state_dict()
-    assert state == {"epoch_start": {"": {"checks": 4, "accepted_checks": 3, "skipped_steps": 0}}}
+    assert state == {"epoch_start": {"": {"checks": 4, "accepted_checks": 3, "skipped_steps": 0}}, "said": {}}
     torch.save(state, tmp_path / "state.pt")
     other = TrustRegionMonitor()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -382,10 +382,11 @@ def test_a_run_without_soaa_is_refused_with_the_remedy(tmp_path):
     )
 
 
-def test_console_must_be_a_bool():
+@pytest.mark.parametrize("name", ["console", "advice"])
+def test_switches_must_be_bools(name):
     with pytest.raises(TypeError) as error:
-        TrustRegionMonitor(console=3)
-    assert str(error.value) == "TrustRegionMonitor: `console` must be a bool, got 3"
+        TrustRegionMonitor(**{name: 3})
+    assert str(error.value) == f"TrustRegionMonitor: `{name}` must be a bool, got 3"
 
 
 LINES = [
