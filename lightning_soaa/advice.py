@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, isnan, nan, sqrt
+from math import inf, isfinite, isnan, nan, sqrt
 from statistics import quantiles
 from typing import Any, NamedTuple
 
@@ -106,6 +106,7 @@ class Watch:
     unmoved_checks: int = 0  # checks that predicted a reduction and saw none
     zero_reports: int = 0
     report: StepReport | None = None
+    largest_loss: float = 0.0  # magnitude, of the reports; what goes into a loss rounds on this scale
 
     def see_numbers(self, head: Mapping[str, Any]) -> None:
         """Look at an optimizer's first parameter group, as often as there is time: only a new check counts as one.
@@ -138,6 +139,8 @@ class Watch:
         if report is None or (self.report is not None and report.step == self.report.step):
             return
         self.report = report
+        if isfinite(report.base_loss):
+            self.largest_loss = max(self.largest_loss, abs(report.base_loss))
         absorbed = report.step - report.skipped_steps > 0
         self.zero_reports = self.zero_reports + 1 if absorbed and report.fisher_max == 0 else 0
 
@@ -209,15 +212,15 @@ def many_skipped_steps(watch: Watch) -> Advice | None:
 def noisy_ratios(watch: Watch) -> Advice | None:
     """Say that the mean acceptance ratio of the last checks is known to `RATIO_ERROR` at best.
 
-    Reductions below the rounding of the loss, as far as a report has told the loss, scatter for another reason.
+    Silent where other advice names the cause, and of reductions that are rounding of the loss, as far as reports have
+    told the loss: those of a run that has converged.
     """
-    base = 0.0 if watch.report is None or not isfinite(watch.report.base_loss) else abs(watch.report.base_loss)
     ratios = [
         check.actual / check.predicted
         for check in watch.checks
-        if isfinite(check.actual) and isfinite(check.predicted) and abs(check.predicted) > ROUNDING * base
+        if check.predicted != 0 and ROUNDING * watch.largest_loss < max(abs(check.predicted), abs(check.actual)) < inf
     ]
-    if len(ratios) < RATIO_CHECKS:
+    if len(ratios) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
         return None
     low, _, high = quantiles(ratios, n=4)
     error = (high - low) / QUARTILES_OF_NORMAL / sqrt(len(ratios))
@@ -225,11 +228,11 @@ def noisy_ratios(watch: Watch) -> Advice | None:
         return None
     return Advice(
         "ratio_noise",
-        f"the acceptance ratios of the last {len(ratios)} checks scatter so widely, half of them outside of {low:.3g} "
-        f"to {high:.3g}, that their mean is known to +-{error:.2g} only, and the radius follows noise: the loss of a "
-        "batch changes less by the step than by chance. Use a larger batch or accumulate_grad_batches, remove what "
-        "differs between two evaluations of one batch (dropout masks, sampling), or choose FixedRadius(), which makes "
-        "no checks.",
+        f"the acceptance ratios of the last {len(ratios)} checks scatter so widely, the middle half from {low:.2g} to "
+        f"{high:.2g}, that their mean is known to +-{error:.2g} only, and the radius follows noise. Make sure that the "
+        "loss closure computes the loss that the gradients are of: the same batch, dropout masks, reduction and sign. "
+        "If it does, the loss of a batch changes less by the step than by chance: use a larger batch or "
+        "accumulate_grad_batches, or FixedRadius(), which makes no checks.",
     )
 
 

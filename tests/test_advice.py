@@ -1,0 +1,627 @@
+"""What the monitor says is wrong with a run: when, once, in which words; and that it says nothing of a healthy one.
+
+Each kind is provoked in a Trainer. `radius_low`, `radius_high`, `outlier_steps` and `repeat_gap` come from a stand-in.
+"""
+
+import warnings
+from math import inf, nan
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning_models import QUIET
+from test_host_syncs import CountReads
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_soaa import SOAA, FixedRadius, PublishedRadius, SOAAMixin, StepReport, TrustRegionWarning
+from lightning_soaa.advice import PINNED_CHECKS, STUCK_CHECKS, WINDOW, Watch, advise
+from lightning_soaa.monitor import TrustRegionMonitor
+
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain numbers in, text out
+
+
+def after(checks=(), **head):
+    """Return a Watch that has seen one step for each of `checks`: (accepted, predicted, actual)."""
+    watch, counts = Watch(), {"radius": 0.1, "checks": 0, "accepted_checks": 0, "skipped_steps": 0, **head}
+    watch.see_numbers(counts)
+    for accepted, predicted, actual in checks:
+        counts["checks"] += 1
+        counts["accepted_checks"] += accepted
+        watch.see_numbers({**counts, "predicted_reduction": predicted, "actual_reduction": actual})
+    return watch
+
+
+def report(step=1, skipped_steps=0, **values):
+    values |= {"step": step, "skipped_steps": skipped_steps}
+    return StepReport(radius=0.1, checked=True, accepted=True, skipped=False, trials=1, **values)
+
+
+def kinds(watch):
+    return [advice.kind for advice in advise(watch)]
+
+
+def text(watch):
+    (advice,) = advise(watch)
+    return advice.text
+
+
+GOOD, BAD = (True, 0.1, 0.08), (False, 0.1, -0.2)
+
+
+def test_nothing_is_said_of_nothing():
+    assert advise(Watch()) == advise(after()) == []
+
+
+def test_a_watch_needs_the_four_numbers_only():
+    watch = Watch()
+    for checks in range(30):
+        watch.see_numbers({"radius": 0.1, "checks": checks, "accepted_checks": checks, "skipped_steps": 9})
+    assert advise(watch) == []
+
+
+@pytest.mark.parametrize(
+    ("radius", "expected"),
+    [
+        (1e-8, ["radius_floor"]),
+        (1.009e-8, ["radius_floor"]),
+        (1.02e-8, []),
+        (0.5, []),
+        (9.8, []),
+        (9.91, ["radius_ceiling"]),
+        (12.0, ["radius_ceiling"]),
+    ],
+)
+def test_radius_is_at_a_bound_within_a_hundredth(radius, expected):
+    bounds = {"radius_low": 1e-8, "radius_high": 10.0}
+    assert kinds(after(PINNED_CHECKS * [GOOD], radius=radius, **bounds)) == expected
+    assert kinds(after((PINNED_CHECKS - 1) * [GOOD], radius=radius, **bounds)) == []
+
+
+def test_radius_that_left_its_bound_for_one_check_was_not_held_there():
+    watch, head = Watch(), {"radius_low": 0.1, "accepted_checks": 0, "skipped_steps": 0}
+    for check in range(40):
+        radius = 0.2 if check in {0, 19, 38} else 0.1
+        watch.see_numbers({**head, "radius": radius, "checks": check, "accepted_checks": check})
+    assert advise(watch) == []
+
+
+def test_radius_texts():
+    floor = after(PINNED_CHECKS * [GOOD], radius=1e-8, radius_low=1e-8)
+    assert text(floor) == (
+        "the radius is at its floor, 1e-08, for 20 checks or more: even the smallest step looks too large. Make sure "
+        "that the loss closure computes the loss of the same batch with the same dropout masks, and that no batch "
+        "dwarfs the others; if all is as it should be, lower the floor."
+    )
+    ceiling = after(PINNED_CHECKS * [GOOD], radius=10, radius_high=10.0)
+    assert text(ceiling) == (
+        "the radius is at its ceiling, 10, for 20 checks or more: no step looks too large, so the ceiling decides, not "
+        "the checks. Raise the ceiling if training is slow; a larger radius changes nothing where the Fisher limits "
+        "the step (fisher/active_fraction near 1)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("accepted", "checks", "expected"),
+    [(3, 12, ["acceptance_rate"]), (4, 12, []), (0, 11, []), (7, 24, ["acceptance_rate"]), (8, 24, [])],
+)
+def test_acceptance_rate_is_low_below_a_third_of_twelve_checks(accepted, checks, expected):
+    assert kinds(after((checks - accepted) * [BAD] + accepted * [GOOD])) == expected
+
+
+def test_acceptance_rate_is_that_of_the_last_checks():
+    assert kinds(after(500 * [GOOD] + 16 * [BAD])) == []
+    assert kinds(after(500 * [GOOD] + 17 * [BAD])) == ["acceptance_rate"]
+    assert kinds(after(500 * [BAD] + 8 * [GOOD])) == []
+
+
+def test_steps_that_share_a_batch_all_count():
+    watch = Watch()
+    watch.see_numbers({"radius": 1, "checks": 12, "accepted_checks": 3, "skipped_steps": 0})
+    assert kinds(watch) == ["acceptance_rate"]
+
+
+def test_watching_starts_at_the_counters_of_a_resumed_run():
+    watch = Watch(checks_seen=1000, accepted_seen=0)
+    watch.see_numbers({"radius": 1, "checks": 1001, "accepted_checks": 0, "skipped_steps": 0})
+    watch.see_numbers({"radius": 1, "checks": 900, "accepted_checks": 0, "skipped_steps": 0})  # a state was loaded
+    watch.see_numbers({"radius": 1, "checks": 902, "accepted_checks": 1, "skipped_steps": 0})
+    assert [(check.checks, check.accepted) for check in watch.checks] == [(1, 0), (2, 1)]
+
+
+def test_acceptance_rate_text():
+    assert text(after(9 * [BAD] + 3 * [GOOD])) == (
+        "the acceptance rate is 0.25: 3 of the last 12 checks were accepted, the others were rejects that cost trials "
+        "and moved nothing. Make sure that the loss closure computes the loss that the gradients are of: the same "
+        "batch, dropout masks, reduction and sign. If it does, start with a smaller radius, as in "
+        "RatioRadius(start=...)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "not_finite", "outliers", "said"),
+    [(40, 3, 0, True), (40, 0, 3, True), (40, 1, 2, True), (40, 1, 1, False), (39, 39, 0, False), (1000, 40, 10, 0)],
+)
+def test_skipped_steps_are_many_above_a_twentieth_of_forty(steps, not_finite, outliers, said):
+    watch = after(steps=steps, skipped_steps=not_finite, outlier_steps=outliers)
+    assert kinds(watch) == ["skipped_steps"] * said
+
+
+NOT_FINITE = (
+    " Not finite: look for nan in the data, for log, sqrt and division near 0 in the loss, and for 16-bit overflow, "
+    "which precision='bf16-mixed' avoids."
+)
+OUTLIERS = (
+    " Far outside: look for broken or unscaled samples and shuffle the data; if such batches are what the data are "
+    "like, use a larger batch or clip the gradients."
+)
+
+
+@pytest.mark.parametrize(
+    ("not_finite", "outliers", "remedies"), [(7, 0, NOT_FINITE), (0, 7, OUTLIERS), (3, 4, NOT_FINITE + OUTLIERS)]
+)
+def test_skipped_steps_text_tells_the_causes_apart(not_finite, outliers, remedies):
+    assert text(after(steps=100, skipped_steps=not_finite, outlier_steps=outliers)) == (
+        f"7 of 100 steps were skipped: {not_finite} with a loss or gradient that was not finite, {outliers} with one "
+        f"far outside the recent distribution.{remedies}"
+    )
+
+
+def scattered(width, predicted=0.01):
+    """Checks whose ratios lie evenly between -width and width."""
+    return [(True, predicted, predicted * width * (2 * (7 * i % WINDOW) / (WINDOW - 1) - 1)) for i in range(WINDOW)]
+
+
+def test_ratios_are_noise_if_the_standard_error_of_their_mean_exceeds_1():
+    assert kinds(after(scattered(6))) == []
+    assert kinds(after(scattered(7))) == ["ratio_noise"]
+    assert kinds(after(scattered(100)[:11])) == []
+    assert kinds(after(scattered(100)[:12])) == ["ratio_noise"]
+
+
+def test_a_few_ratios_far_off_are_not_scatter():
+    checks = 19 * [GOOD] + [(True, 0.1, actual) for actual in (-20.0, 50.0, -300.0, -inf, nan)]
+    assert kinds(after(checks)) == []
+
+
+def test_checks_that_promise_nothing_have_no_ratio():
+    assert kinds(after(WINDOW * [(True, 0.0, 0.1)])) == []
+
+
+def test_ratios_of_rounding_errors_are_not_held_against_the_batch():
+    watch = after(scattered(100, predicted=1e-9))
+    assert kinds(watch) == ["ratio_noise"]
+    watch.see_report(report(step=1, base_loss=2.0))
+    watch.see_report(report(step=2, base_loss=1e-8))  # what goes into it rounds as before
+    watch.see_report(report(step=3, base_loss=nan))
+    assert kinds(watch) == []
+    watch = after(scattered(100, predicted=1e-4))
+    watch.see_report(report(base_loss=2.0))
+    assert kinds(watch) == ["ratio_noise"]
+
+
+def test_noise_is_not_named_where_its_cause_is():
+    watch = after([(False, *check[1:]) for check in scattered(100)])
+    assert kinds(watch) == ["acceptance_rate"]
+    watch = after(scattered(100))
+    watch.see_report(report(base_loss=2.0, predicted_reduction=0.01, repeat_gap=0.5))
+    assert kinds(watch) == ["repeat_gap"]
+
+
+def test_ratio_noise_text():
+    assert text(after(scattered(12))) == (
+        "the acceptance ratios of the last 24 checks scatter so widely, the middle half from -6.5 to 6.5, that their "
+        "mean is known to +-2 only, and the radius follows noise. Make sure that the loss closure computes the loss "
+        "that the gradients are of: the same batch, dropout masks, reduction and sign. If it does, the loss of a batch "
+        "changes less by the step than by chance: use a larger batch or accumulate_grad_batches, or FixedRadius(), "
+        "which makes no checks."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gap", "base", "predicted", "said"),
+    [
+        (nan, 2.0, 0.1, False),  # not measured
+        (0.0, 2.0, 0.1, False),
+        (0.0, 0.0, 0.0, False),
+        (0.002, 2.0, 0.1, True),
+        (-0.002, 2.0, 0.1, True),
+        (0.0009, 2.0, 0.1, False),  # ratios feel nothing of it
+        (1.9e-6, 2.0, 1e-5, False),  # rounding of the loss
+        (2.1e-6, 2.0, 1e-5, True),
+        (inf, 2.0, 0.1, True),
+        (0.002, nan, 0.1, True),
+        (0.002, 2.0, nan, False),  # no check has promised anything yet
+    ],
+)
+def test_a_gap_counts_if_it_disturbs_ratios_and_is_more_than_rounding(gap, base, predicted, said):
+    watch = Watch()
+    watch.see_report(report(repeat_gap=gap, base_loss=base, predicted_reduction=predicted))
+    assert kinds(watch) == ["repeat_gap"] * said
+
+
+def test_repeat_gap_text():
+    watch = Watch()
+    watch.see_report(report(repeat_gap=-0.03, base_loss=2.0, predicted_reduction=0.01))
+    assert text(watch) == (
+        "the loss closure is not deterministic: at the same parameters it returned a loss that differs by 0.03 from "
+        "the base loss, and the predicted reduction is 0.01. Make it compute the same loss twice: the same batch, "
+        "dropout masks and augmentation, no statistics updated in between. SOAAMixin replays the random streams of "
+        "torch, numpy and python; a generator of your own has to be seeded anew in training_step."
+    )
+
+
+STUCK = (True, 1e-3, 0.0)
+
+
+def test_loss_is_unmoved_if_no_check_saw_it_change():
+    assert kinds(after((STUCK_CHECKS - 1) * [STUCK])) == []
+    assert kinds(after(STUCK_CHECKS * [STUCK])) == ["loss_unmoved"]
+    assert kinds(after([(True, 0.0, 0.0)] + STUCK_CHECKS * [STUCK])) == ["loss_unmoved"]  # lr = 0 promises nothing
+    assert kinds(after(100 * [(True, 0.0, 0.0)])) == []
+    for other in (1e-9, -1e-9, nan):
+        assert kinds(after(2 * [(True, 1e-3, other)] + 100 * [STUCK])) == []  # a run that has converged
+        assert kinds(after(10 * [STUCK] + 2 * [(True, 1e-3, other)] + 10 * [STUCK])) == []
+
+
+def test_loss_unmoved_text():
+    assert text(after(22 * [STUCK])) == (
+        "the actual reduction was exactly 0 in all 22 checks so far, although the gradients predict one. Either the "
+        "loss closure does not use the parameters: make it run the model anew, not return a loss that was computed "
+        "before. Or the steps are below the resolution of the loss or of the parameters: keep both in float32, as "
+        "precision='bf16-mixed' does."
+    )
+
+
+def seen(*reports):
+    watch = Watch()
+    for item in reports:
+        watch.see_report(item)
+    return watch
+
+
+def test_gradients_are_zero_if_three_reports_in_a_row_say_so():
+    zero = [report(step, fisher_max=0.0) for step in (50, 100, 150)]
+    assert kinds(seen(*zero)) == ["zero_gradients"]
+    assert kinds(seen(*zero[:2], zero[1], None)) == []  # the row and the epoch's line read the same report
+    assert kinds(seen(*zero[:2], report(120, fisher_max=1e-30), zero[2])) == []
+    assert kinds(seen(*(report(step) for step in range(9)))) == []  # nan: no gradient yet
+    assert kinds(seen(*(report(step, step, fisher_max=0.0) for step in range(9)))) == []  # all skipped
+
+
+def test_zero_gradients_text():
+    assert text(seen(*(report(step, fisher_max=0.0) for step in (50, 100, 150)))) == (
+        "all gradients of all 150 steps so far are exactly 0, so nothing can move: the loss does not depend on the "
+        "parameters. Look for detach(), no_grad(), argmax or rounding between parameters and loss, for a factor of 0, "
+        "and for units that are all saturated."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a Trainer
+
+
+def digits(count=60, batch=32):
+    """Ten noisy clusters in 64 dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(10, 64, generator=generator)
+    labels = torch.randint(10, (count * batch,), generator=generator)
+    inputs = 0.5 * centers[labels] + torch.randn(count * batch, 64, generator=generator)
+    return DataLoader(TensorDataset(inputs, labels), batch_size=batch)
+
+
+class Digits(LightningModule):
+    """A small classifier."""
+
+    def __init__(self, dropout=0.0, **soaa):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 10))
+        self.soaa = soaa
+
+    def loss(self, batch):
+        self.latest = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        return self.latest
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return SOAA(self.parameters(), **self.soaa)
+
+
+class Mixed(SOAAMixin, Digits):
+    pass
+
+
+class Manual(Digits):
+    """A loop of the user's own, whose loss closure is `trial`."""
+
+    def __init__(self, trial, **options):
+        super().__init__(**options)
+        self.automatic_optimization, self.trial = False, trial
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure, loss_closure=lambda: self.trial(self, batch))
+
+
+def noisy(module, batch):
+    return module.loss(batch) + 0.05 * torch.randn(())
+
+
+def summed(module, batch):
+    return module.loss(batch) * len(batch[0])
+
+
+def computed_before(module, batch):
+    return module.latest
+
+
+class Poisoned(Mixed):
+    """Every tenth batch has a loss of nan."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (nan if batch_idx % 10 == 0 else 1)
+
+
+class Detached(Mixed):
+    """A loss on which the parameters have no influence."""
+
+    def training_step(self, batch, batch_idx):
+        return 1 + 0 * super().training_step(batch, batch_idx)
+
+
+def fit(module, path=None, *callbacks, monitor=None, data=None, ckpt_path=None, **options):
+    """Train; return the trainer and what was said, as it is shown."""
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False if path is None else CSVLogger(path, name="csv", version=0),
+        "log_every_n_steps": 10,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "callbacks": [monitor or TrustRegionMonitor(), *callbacks],
+    }
+    torch.manual_seed(0)
+    trainer = Trainer(**{**defaults, **options})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TrustRegionWarning)
+        trainer.fit(module, digits() if data is None else data, ckpt_path=ckpt_path)
+    assert {warning.category for warning in caught} <= {TrustRegionWarning}
+    return trainer, [str(warning.message).removeprefix("TrustRegionMonitor: ") for warning in caught]
+
+
+FAULTS = {
+    "acceptance rate": lambda: Manual(summed),
+    "steps were skipped": Poisoned,
+    "scatter so widely": lambda: Manual(noisy),
+    "exactly 0 in all": lambda: Manual(computed_before),
+}
+
+
+def told(said):
+    """Return which of the faults was told, in order."""
+    return [fault for line in said for fault in [*FAULTS, "all gradients"] if fault in line]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_once_with_a_logger_and_without(tmp_path, fault, logged):
+    _, said = fit(FAULTS[fault](), tmp_path if logged else None)
+    assert told(said)[0] == fault
+    assert len(set(told(said))) == len(said)
+    # Rejects shrink the radius without end, so that later the ratios of what is left are noise.
+    assert set(told(said)) <= {fault} | ({"scatter so widely"} if fault == "acceptance rate" else set())
+
+
+def test_a_fault_that_only_reports_show_is_told_from_rows(tmp_path):
+    _, said = fit(Detached(), tmp_path)
+    assert told(said) == ["all gradients"]
+    assert said[0].startswith("all gradients of all 30 steps so far are exactly 0,")
+
+
+def test_a_fault_that_only_reports_show_is_told_at_the_epochs_line():
+    _, said = fit(Detached(), enable_progress_bar=True, max_epochs=4, data=digits(5))
+    assert said[0].startswith("all gradients of all 15 steps so far are exactly 0,")
+    assert len(said) == 1
+
+
+def test_dropout_masks_that_a_plain_loop_does_not_replay_are_noise_and_the_mixin_has_none():
+    assert told(fit(Manual(Manual.loss, dropout=0.5))[1]) == ["scatter so widely"]
+    assert fit(Mixed(dropout=0.5))[1] == []
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("batch", [32, 1])
+def test_nothing_is_said_of_a_healthy_run(tmp_path, logged, batch):
+    trainer, said = fit(Mixed(dropout=0.2), tmp_path if logged else None, max_epochs=8, data=digits(75, batch))
+    head = trainer.optimizers[0].param_groups[0]
+    assert head["steps"] == 600
+    assert head["checks"] > 100
+    assert said == []
+
+
+def test_nothing_is_said_of_a_run_that_has_converged(tmp_path):
+    trainer, said = fit(Mixed(), tmp_path, max_epochs=400, data=digits(1, 64), log_every_n_steps=1)
+    assert trainer.callback_metrics["trust_region/actual_reduction"].abs() < 1e-5
+    assert said == []
+
+
+@pytest.mark.parametrize("rule", [FixedRadius(), PublishedRadius(120)])
+def test_nothing_is_said_under_rules_without_checks(tmp_path, rule):
+    assert fit(Mixed(radius=rule), tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("rule", [FixedRadius(), PublishedRadius(120)])
+def test_skipped_steps_are_told_under_rules_without_checks(tmp_path, rule):
+    assert told(fit(Poisoned(radius=rule), tmp_path)[1]) == ["steps were skipped"]
+
+
+def test_advice_can_be_switched_off(tmp_path):
+    assert fit(Poisoned(), tmp_path, monitor=TrustRegionMonitor(advice=False))[1] == []
+
+
+class Standin(torch.optim.SGD):
+    """Keeps SOAA's numbers and those it may come to keep: all checks accepted, `numbers` in its group."""
+
+    def __init__(self, params, numbers=(), **values):
+        super().__init__(params, lr=0.01)
+        counters = dict.fromkeys(("steps", "checks", "accepted_checks", "skipped_steps", "outlier_steps"), 0)
+        self.param_groups[0] |= {"radius": 0.5, **counters, **dict(numbers)}
+        self.values = values
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        head = self.param_groups[0]
+        for name in ("steps", "checks", "accepted_checks"):
+            head[name] += 1
+        head["outlier_steps"] = head["steps"] // 8
+        return loss
+
+    @property
+    def last_step(self):
+        return report(self.param_groups[0]["steps"], **self.values)
+
+
+class Standing(Digits):
+    def configure_optimizers(self):
+        return Standin(self.parameters(), **self.soaa)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"numbers": {"radius_low": 0.5}}, "the radius is at its floor, 0.5,"),
+        ({"numbers": {"radius_high": 0.5}}, "the radius is at its ceiling, 0.5,"),
+        (
+            {"repeat_gap": 0.1, "base_loss": 2.0, "predicted_reduction": 0.1},
+            "the loss closure is not deterministic: at the same parameters it returned a loss that differs by 0.1 ",
+        ),
+        ({}, "5 of 40 steps were skipped: 0 with a loss or gradient that was not finite, 5 with one far outside"),
+    ],
+)
+def test_numbers_that_an_optimizer_may_keep_are_watched(tmp_path, options, expected):
+    _, said = fit(Standing(**options), tmp_path)
+    assert len([line for line in said if line.startswith(expected)]) == 1
+    assert len(said) == (2 if options else 1)  # the stand-in always skips outliers
+
+
+def test_a_warning_names_the_monitor_and_has_a_category_of_its_own():
+    with pytest.warns(TrustRegionWarning, match="^TrustRegionMonitor: 4 of 40 steps were skipped: 4 with a loss"):
+        Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        ).fit(Poisoned(), digits())
+
+
+class Twins(Digits):
+    """Two optimizers, each with a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [Standin(self.net[0].parameters()), Standin(self.net[3].parameters())]
+
+
+def test_several_optimizers_are_told_apart(tmp_path):
+    _, said = fit(Twins(), tmp_path)
+    assert [line[:33] for line in said] == ["trust_region: 5 of 40 steps were ", "trust_region-1: 5 of 40 steps wer"]
+
+
+def test_batches_that_only_accumulate_are_no_steps(tmp_path):
+    _, said = fit(Poisoned(), tmp_path, accumulate_grad_batches=2)
+    assert said[0].startswith("8 of 40 steps were skipped")
+
+
+class OtherProcess(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.rank, rank_zero_only.rank = rank_zero_only.rank, 1
+
+    def on_train_end(self, trainer, pl_module):
+        rank_zero_only.rank = self.rank
+
+
+def test_only_the_first_process_speaks_and_all_know_what_was_said(tmp_path):
+    monitor = TrustRegionMonitor()
+    assert fit(Poisoned(), tmp_path, OtherProcess(), monitor=monitor)[1] == []
+    assert monitor.state_dict()["said"] == {"": ["skipped_steps"]}
+
+
+def test_a_resumed_run_does_not_repeat_and_a_new_one_does(tmp_path):
+    monitor = TrustRegionMonitor()
+    trainer, said = fit(Poisoned(), tmp_path / "first", monitor=monitor, max_epochs=1)
+    assert told(said) == ["steps were skipped"]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for name, again in {"same": monitor, "other": TrustRegionMonitor()}.items():
+        options = {"max_epochs": 2, "monitor": again, "ckpt_path": tmp_path / "last.ckpt"}
+        assert fit(Poisoned(), tmp_path / name, **options)[1] == []
+    assert told(fit(Poisoned(), tmp_path / "third", monitor=monitor)[1]) == ["steps were skipped"]
+
+
+def test_state_of_a_monitor_without_advice_can_be_loaded():
+    monitor = TrustRegionMonitor()
+    monitor.load_state_dict({"epoch_start": {}})
+    assert monitor.state_dict() == {"epoch_start": {}, "said": {}}
+
+
+class CountsReads(TrustRegionMonitor):
+    """Counts what the host waits for within the monitor, batch by batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.waited = 0, []
+
+    def on_train_batch_end(self, *args):
+        before = self.reads
+        with CountReads() as counter:
+            super().on_train_batch_end(*args)
+        self.waited.append(counter.scalars + self.reads - before)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("rule", [{}, {"radius": FixedRadius()}])
+def test_watching_waits_for_no_device(tmp_path, monkeypatch, rule, logged):
+    monitor = CountsReads()
+
+    def counted(inner):
+        def read(tensor, *args):
+            monitor.reads += 1
+            return inner(tensor, *args)
+
+        return read
+
+    for name in ("tolist", "item", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    fit(Mixed(**rule), tmp_path if logged else None, monitor=monitor)
+    assert len(monitor.waited) == 120
+    rows = set(range(9, 120, 10)) if logged else set()
+    assert {step for step, count in enumerate(monitor.waited) if count} == rows
