@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite, isnan, nan, sqrt
+from math import isfinite, isnan, nan, sqrt
 from statistics import quantiles
 from typing import Any, NamedTuple
 
@@ -218,7 +218,9 @@ def noisy_ratios(watch: Watch) -> Advice | None:
     ratios = [
         check.actual / check.predicted
         for check in watch.checks
-        if check.predicted != 0 and ROUNDING * watch.largest_loss < max(abs(check.predicted), abs(check.actual)) < inf
+        if check.predicted != 0
+        and isfinite(check.predicted + check.actual)
+        and max(abs(check.predicted), abs(check.actual)) > ROUNDING * watch.largest_loss
     ]
     if len(ratios) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
         return None

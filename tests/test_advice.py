@@ -191,8 +191,11 @@ def test_a_few_ratios_far_off_are_not_scatter():
     assert kinds(after(checks)) == []
 
 
-def test_checks_that_promise_nothing_have_no_ratio():
-    assert kinds(after(WINDOW * [(True, 0.0, 0.1)])) == []
+@pytest.mark.parametrize("check", [(True, 0.0, 0.1), (True, 0.1, nan), (True, 0.1, -inf), (True, 1e-300, nan)])
+def test_checks_that_promise_nothing_or_end_nowhere_have_no_ratio(check):
+    assert kinds(after(WINDOW // 2 * [check, GOOD])) == []
+    assert kinds(after(scattered(100)[:13] + 11 * [check])) == ["ratio_noise"]
+    assert kinds(after(scattered(100)[:11] + 13 * [check])) == []
 
 
 def test_ratios_of_rounding_errors_are_not_held_against_the_batch():
@@ -202,9 +205,10 @@ def test_ratios_of_rounding_errors_are_not_held_against_the_batch():
     watch.see_report(report(step=2, base_loss=1e-8))  # what goes into it rounds as before
     watch.see_report(report(step=3, base_loss=nan))
     assert kinds(watch) == []
-    watch = after(scattered(100, predicted=1e-4))
-    watch.see_report(report(base_loss=2.0))
-    assert kinds(watch) == ["ratio_noise"]
+    for predicted, width in ((1e-4, 100), (1e-9, 1e6)):
+        watch = after(scattered(width, predicted))
+        watch.see_report(report(base_loss=2.0))
+        assert kinds(watch) == ["ratio_noise"]
 
 
 def test_noise_is_not_named_where_its_cause_is():
@@ -585,6 +589,11 @@ def test_a_resumed_run_does_not_repeat_and_a_new_one_does(tmp_path):
         options = {"max_epochs": 2, "monitor": again, "ckpt_path": tmp_path / "last.ckpt"}
         assert fit(Poisoned(), tmp_path / name, **options)[1] == []
     assert told(fit(Poisoned(), tmp_path / "third", monitor=monitor)[1]) == ["steps were skipped"]
+
+
+def test_checks_of_a_run_that_is_taken_up_again_are_not_held_against_it(tmp_path):
+    _, said = fit(Standing(numbers={"checks": 100}), tmp_path)
+    assert [line[:25] for line in said] == ["5 of 40 steps were skippe"]
 
 
 def test_state_of_a_monitor_without_advice_can_be_loaded():
