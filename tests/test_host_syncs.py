@@ -146,11 +146,13 @@ def test_operations_of_a_step_do_not_depend_on_the_number_of_values(rule):
     assert counts[0] == counts[1]
 
 
-def test_only_reading_the_report_costs_more(packed):
-    problem = Problem("fixed")
+@pytest.mark.parametrize(("rule", "reads"), [("fixed", 2), ("published", 1), ("ratio", 1)])
+def test_only_reading_the_report_costs_more(packed, rule, reads):
+    """Once for the statistics, and once before that for whether a step that was not read yet was skipped."""
+    problem = Problem(rule)
     step_counting(problem, packed)
     packed.clear()
-    assert problem.optimizer.last_step.step == 1
-    assert len(packed) == 1
-    assert problem.optimizer.last_step.step == 1
-    assert len(packed) == 1
+    for _ in range(2):
+        with CountReads() as counter:
+            assert problem.optimizer.last_step.step == 1
+        assert (len(packed), counter.scalars) == (reads, 0)
