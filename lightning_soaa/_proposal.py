@@ -96,14 +96,15 @@ def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
 def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: float, *, folds_lr: bool) -> list[StepSize]:
     """Return how far each group may go at `radius`.
 
-    Where the radius replaces the learning rate (`folds_lr`), lr only sets the groups' proportions and schedule.
+    Where the radius replaces the learning rate (`folds_lr`), lr only sets the groups' proportions and schedule, and
+    weight decay, which no user could then bound, takes no more than all of the parameters.
     """
     sizes = []
     for group in groups:
         lr = float(group["lr"])
         if folds_lr:
             bound = radius * lr / lr_unit if lr_unit else 0.0
-            sizes.append(StepSize(bound, 1.0, bound * group["weight_decay"], bound))
+            sizes.append(StepSize(bound, 1.0, min(1.0, bound * group["weight_decay"]), bound))
         else:
             sizes.append(StepSize(radius, lr, lr * group["weight_decay"], radius * lr))
     return sizes

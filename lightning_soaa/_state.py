@@ -94,6 +94,17 @@ def schedule(groups: Sequence[Mapping[str, Any]]) -> float:
     return max(float(group["lr"]) for group in groups) / unit if unit else 0.0
 
 
+def host_lr(lr: float | Tensor) -> float | Tensor:
+    """Return an lr that can be read without waiting for a device: a tensor elsewhere than on the CPU as a number."""
+    return float(lr) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
+
+
+def fresh_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group without the numbers that an optimizer keeps in it, as it may come from another SOAA."""
+    own = {BASE_LR, GROUP_RADIUS, RADIUS, RULE_NAME, *COUNTERS}
+    return {key: value for key, value in group.items() if key not in own and not key.startswith(RULE)}
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of moments for parameters of `dtype`: float32 at least."""
     real = dtype.to_real() if dtype.is_complex else dtype

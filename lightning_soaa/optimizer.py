@@ -89,7 +89,7 @@ class SOAA(Optimizer):
         if not isinstance(fisher, DiagonalFisher):
             refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
         defaults: dict[str, Any] = {
-            "lr": lr,
+            "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -241,15 +241,18 @@ class SOAA(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also in mid-training; options it does not name are those of the defaults.
 
+        A group of another SOAA brings its options and the user's keys, not the numbers of the run it comes from.
+
         Raises:
             TypeError: an option has the wrong type.
             ValueError: an option is out of range, or `maximize` differs from the other groups'.
         """
-        merged = {**self.defaults, **param_group}
+        merged = {**self.defaults, **keys.fresh_options(param_group)}
         keys.check_options(merged)
         if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
             refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
-        super().add_param_group({keys.BASE_LR: float(merged["lr"]), keys.GROUP_RADIUS: 0.0, **param_group})
+        lr = keys.host_lr(merged["lr"])
+        super().add_param_group({**merged, "lr": lr, keys.BASE_LR: float(lr), keys.GROUP_RADIUS: 0.0})
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""

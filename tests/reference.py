@@ -116,7 +116,7 @@ class ReferenceSOAA:
                 if not self.judge(promised, loss - loss_at(), loss, prior):
                     self.put(start)
                     continue
-            decays = [alpha * group["weight_decay"] for (group, _), alpha in zip(places, alphas, strict=True)]
+            decays = [min(1.0, alpha * group["weight_decay"]) for (group, _), alpha in zip(places, alphas, strict=True)]
             self.put([a - decay * a + b for a, b, decay in zip(start, s, decays, strict=True)])
             return
 
