@@ -46,6 +46,8 @@ COUNTERS: Mapping[str, int | float] = {
 }
 # Counters that a report repeats.
 REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, TOTAL_TRIALS)
+# Moments are float32 at least, and an eps that vanishes in them leaves 0/0 where a gradient is zero.
+SMALLEST_EPS = torch.finfo(torch.float32).smallest_normal
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -66,7 +68,8 @@ def check_options(group: Mapping[str, Any]) -> None:
         refuse("SOAA", "betas", "a pair of numbers", betas, TypeError)
     for index, beta in enumerate(betas):
         check_between("SOAA", f"betas[{index}]", beta, -1e-300, 1, "in [0, 1)")
-    check_positive("SOAA", "eps", group["eps"])
+    if check_positive("SOAA", "eps", group["eps"]) < SMALLEST_EPS:
+        refuse("SOAA", "eps", f">= {SMALLEST_EPS}, the smallest normal float32", group["eps"])
     check_nonnegative("SOAA", "weight_decay", group["weight_decay"])
     if not isinstance(group["foreach"], bool | None):
         refuse("SOAA", "foreach", "None, True or False", group["foreach"], TypeError)

@@ -164,7 +164,7 @@ class SOAA(Optimizer):
             What `closure` returned.
 
         Raises:
-            TypeError: a closure returns no real scalar, or a gradient is sparse.
+            TypeError: a closure is not callable or returns no real scalar, or a gradient is sparse.
             ValueError: the radius rule needs a loss or a loss closure and was given none, or its radius is not finite.
 
         An exception in either closure leaves parameters and state as they were before the step. So does one in the
@@ -173,6 +173,9 @@ class SOAA(Optimizer):
         A step without a closure that finds nothing but zero gradients before there is any state creates the state and
         is not counted, as torch's distributed checkpoint wants it.
         """
+        for name, value in (("closure", closure), ("loss_closure", loss_closure)):
+            if value is not None and not callable(value):
+                refuse("SOAA", name, "callable", value, TypeError)
         bound, self._bound = self._bound, None
         base: Tensor | None = None
         if loss_closure is None and bound is not None:
@@ -244,9 +247,13 @@ class SOAA(Optimizer):
         A group of another SOAA brings its options and the user's keys, not the numbers of the run it comes from.
 
         Raises:
-            TypeError: an option has the wrong type.
+            TypeError: `param_group` is no dict, or an option has the wrong type.
             ValueError: an option is out of range, or `maximize` differs from the other groups'.
         """
+        if not isinstance(param_group, dict):
+            refuse("SOAA", "param_group", "a dict with `params`", type(param_group).__name__, TypeError)
+        if "params" not in param_group:
+            refuse("SOAA", "param_group", "a dict with `params`", sorted(param_group))
         merged = {**self.defaults, **keys.fresh_options(param_group)}
         keys.check_options(merged)
         if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
