@@ -31,9 +31,10 @@ TOTAL_TRIALS = "total_trials"
 UNCHECKED_STEPS = "unchecked_steps"
 LAST_PREDICTED = "predicted_reduction"
 LAST_ACTUAL = "actual_reduction"
+REPEAT_GAP = "repeat_gap"  # None before the first check
 
 # What group 0 starts with.
-COUNTERS: Mapping[str, int | float] = {
+COUNTERS: Mapping[str, int | float | None] = {
     LR_UNIT: 0.0,
     STEPS: 0,
     CHECKS: 0,
@@ -43,6 +44,7 @@ COUNTERS: Mapping[str, int | float] = {
     UNCHECKED_STEPS: 0,
     LAST_PREDICTED: 0.0,
     LAST_ACTUAL: 0.0,
+    REPEAT_GAP: None,
 }
 # Counters that a report repeats.
 REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, TOTAL_TRIALS)
@@ -135,7 +137,8 @@ def count(head: dict[str, Any], known: dict[str, Any]) -> None:
     """Count a step in group 0 and complete what is known of it for its report (both modified in place).
 
     `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` if it has been read, the ``reductions`` that the
-    decision rests on, if there was one, and the skipped steps ``missed`` since the last read.
+    decision rests on, if there was one, the skipped steps ``missed`` since the last read, and the ``repeat_gap`` of a
+    check.
     """
     skipped = int(known.get("skipped", False)) + int(known.pop("missed", 0))
     accepted = int(known["checked"] and known["accepted"])
@@ -143,10 +146,13 @@ def count(head: dict[str, Any], known: dict[str, Any]) -> None:
     for name, number in {**added, ACCEPTED_CHECKS: accepted}.items():
         head[name] += number
     head[UNCHECKED_STEPS] = 0 if known["checked"] else head[UNCHECKED_STEPS] + 1
+    head[REPEAT_GAP] = known.pop("repeat_gap", head[REPEAT_GAP])
     reductions = known.pop("reductions", None)
     if reductions is not None:
         head[LAST_PREDICTED], head[LAST_ACTUAL] = reductions
     known |= {"step": head[STEPS], "radius": float(head[RADIUS]), **{name: head[name] for name in REPORTED}}
+    if head[REPEAT_GAP] is not None:
+        known["repeat_gap"] = head[REPEAT_GAP]
     predicted, actual = head[LAST_PREDICTED], head[LAST_ACTUAL]
     if predicted != 0:
         known |= {"predicted_reduction": predicted, "actual_reduction": actual}

@@ -82,6 +82,7 @@ class Stepper:
                 trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
                 evidence=Evidence(base=0.0, predicted=0.0, schedule=keys.schedule(self.groups)),
                 rounding=rounding(base),
+                gap=head[keys.REPEAT_GAP],
                 unread=unread,
             )
         except BaseException:

@@ -68,11 +68,12 @@ def search(
     trial_loss: Callable[[], Tensor],
     evidence: Evidence,
     rounding: float,
+    gap: float | None,
     unread: Tensor | None,
 ) -> tuple[Numbers, Known]:
     """Try radii until `rule` keeps a point or gives up; the parameters are left at the kept or the first point.
 
-    Reads the host once a trial. The trial point leaves weight decay out, since decay is no part of the loss.
+    Reads the host once a trial of a step. The trial point leaves weight decay out, since decay is no part of the loss.
 
     Args:
         proposal: gradients absorbed, no direction yet (its directions are set here).
@@ -83,29 +84,33 @@ def search(
         trial_loss: the loss at the current parameters, mean over ranks, 0-d.
         evidence: what is known before the first trial.
         rounding: rounding error of the base loss, relative to it.
+        gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured,
+            which is one more trial.
         unread: 0-d count to be read along with the first trial, or None.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
     """
     home, mean_square = proposal.home, parameter_mean_square(proposal)
-    attempt = 0
+    repeat = trial_loss() if gap is None else None
+    attempt, repeats = 0, int(gap is None)
     while True:
         attempt += 1
         aim(proposal, numbers[RADIUS])
         predicted = linear_reduction(proposal)
         move(proposal, decay=False)
-        values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread]
-        base, trial, promised, square, ok, missed = read(values, home)
+        values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread, repeat]
+        base, trial, promised, square, ok, missed, repeated = read(values, home)
         known: Known = {"checked": bool(ok), "skipped": not ok, "accepted": False}
-        known |= {"trials": attempt, "missed": int(missed)}
+        known |= {"trials": attempt + repeats, "missed": int(missed)}
         if not ok:
             return numbers, known
-        noise = rounding * abs(base)
+        gap = finite_or(repeated - base, inf) if gap is None else gap
+        noise = rounding * abs(base) + finite_or(abs(gap), 0.0)
         seen = replace(evidence, base=base, trial=trial, predicted=promised, attempt=attempt)
         decision = judge(rule, numbers, replace(seen, noise=noise, parameter_rms=square**0.5))
         numbers, reductions = decision.numbers, (promised, finite_or(base - trial, -inf))
-        known |= {"accepted": decision.accepted, "reductions": reductions}
+        known |= {"accepted": decision.accepted, "reductions": reductions, "repeat_gap": gap}
         if not decision.accepted:
             snapshot.restore_params()
         elif any(size.decay for size in proposal.sizes):

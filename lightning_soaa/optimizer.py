@@ -170,6 +170,9 @@ class SOAA(Optimizer):
         An exception in either closure leaves parameters and state as they were before the step. So does one in the
         radius rule on a check; elsewhere parameters and radius stay, but the moments have absorbed the gradient.
 
+        The first check evaluates the loss closure once more, before anything moves: what it differs by from the loss
+        of the gradients (``last_step.repeat_gap``) is forgiven in all checks, as rounding is.
+
         A step without a closure that finds nothing but zero gradients before there is any state creates the state and
         is not counted, as torch's distributed checkpoint wants it.
         """

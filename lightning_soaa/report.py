@@ -25,6 +25,10 @@ class StepReport:
             minimised (the negative of the user's under ``maximize=True``).
         actual_reduction: what the same batch's loss did at the last check, in the same units; ``-inf`` if the trial
             loss was not finite, be it ``nan``: such a step is as bad as can be, and not one of which nothing is known.
+        repeat_gap: what the loss closure differed by from the base loss at the first check of all, where nothing had
+            moved, in units of the loss that is minimised; ``inf`` if it was not finite. It is 0, or rounding, if the
+            loss closure computes the same loss. If not (other dropout masks, another batch), checks measure this noise
+            beside the step, and forgive as much.
         step_norm: Euclidean norm of the displacement of this step, weight decay apart; 0 if it did not move.
         fisher_mean: mean of the diagonal Fisher over all coordinates.
         fisher_min: smallest entry of the diagonal Fisher.
@@ -49,6 +53,7 @@ class StepReport:
     acceptance_ratio: float = nan
     predicted_reduction: float = nan
     actual_reduction: float = nan
+    repeat_gap: float = nan
     step_norm: float = nan
     fisher_mean: float = nan
     fisher_min: float = nan

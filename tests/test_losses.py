@@ -120,3 +120,92 @@ def test_skipped_steps_are_counted_once_where_a_loss_closure_saves_or_reads_in_a
     assert set(seen) == {2}
     assert head["skipped_steps"] == problem.optimizer.last_step.skipped_steps == 2
     assert problem.optimizer.last_step.checked
+
+
+@pytest.mark.parametrize("how", ["closure", "bound base loss", "loss closure"])
+def test_first_check_repeats_the_loss_where_nothing_has_moved_and_no_later_one_does(how):
+    problem, seen = Problem(RatioRadius(interval=2)), []
+    start = problem.params[0].detach().clone()
+
+    def loss_closure():
+        seen.append(torch.equal(start, problem.params[0]))
+        return problem.loss()
+
+    if how == "closure":
+        problem.optimizer.step(problem.closure, loss_closure=loss_closure)
+    else:
+        loss = problem.closure()
+        problem.optimizer.bind_loss_closure(loss_closure, base_loss=loss if how == "bound base loss" else None)
+        problem.optimizer.step()
+    assert seen == [True] * (2 if how == "loss closure" else 1) + [False]
+    report = problem.optimizer.last_step
+    assert report.trials == report.total_trials == len(seen)
+    assert report.repeat_gap == 0
+    problem.run(10)
+    assert problem.optimizer.last_step.repeat_gap == 0
+    assert problem.calls["loss"] == problem.optimizer.last_step.total_trials - len(seen) <= 10
+
+
+def test_reports_have_no_repeat_gap_before_the_first_check():
+    problem = Problem("fixed").run(2)
+    assert math.isnan(problem.optimizer.last_step.repeat_gap)
+    assert problem.optimizer.param_groups[0]["repeat_gap"] is None
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_gap_of_a_loss_closure_that_computes_another_loss_is_reported_saved_and_forgiven(maximize):
+    """It is off by a constant, so that every step seems to raise the loss by 0.25."""
+    sign = -1 if maximize else 1
+    problem = Problem(RatioRadius(), maximize=maximize)
+    problem.spoil = sign
+    for _ in range(5):
+        problem.optimizer.step(problem.closure, loss_closure=lambda: problem.loss() + sign * 0.25)
+        report = problem.optimizer.last_step
+        assert report.repeat_gap == pytest.approx(0.25, rel=1e-12)
+        assert report.actual_reduction == pytest.approx(-0.25, abs=0.01)
+        assert report.accepted
+    other = Problem(RatioRadius(), maximize=maximize)
+    other.optimizer.load_state_dict(problem.optimizer.state_dict())
+    other.step()
+    assert other.optimizer.last_step.repeat_gap == report.repeat_gap
+    assert other.calls["loss"] == 1
+
+
+def test_loss_that_rises_by_more_than_the_gap_is_not_forgiven():
+    problem = Problem(RatioRadius(max_trials=1))
+    losses = iter([0.25, 0.6])
+    problem.optimizer.step(problem.closure, loss_closure=lambda: problem.loss() + next(losses))
+    assert not problem.optimizer.last_step.accepted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_repetition_that_is_not_finite_is_an_infinite_gap_and_forgives_nothing(value):
+    problem = Problem(RatioRadius(max_trials=1))
+    losses = iter([value, 1e3, 1e3])
+    for _ in range(2):
+        problem.optimizer.step(problem.closure, loss_closure=lambda: next(losses))
+        assert problem.optimizer.last_step.repeat_gap == math.inf
+        assert not problem.optimizer.last_step.accepted
+
+
+def test_repetition_that_could_not_be_compared_is_made_up_for_at_the_next_check():
+    problem = Problem(RatioRadius())
+    problem.spoil = math.nan
+    problem.step()
+    assert math.isnan(problem.optimizer.last_step.repeat_gap)
+    assert problem.optimizer.last_step.trials == 2
+    problem.spoil = 1.0
+    problem.step()
+    assert problem.optimizer.last_step.repeat_gap == 0
+    assert problem.optimizer.last_step.trials == 2
+    problem.step()
+    assert problem.optimizer.last_step.trials == 1
+
+
+def test_exception_in_the_repetition_leaves_everything_as_before_the_step():
+    problem = Problem(RatioRadius(), weight_decay=0.1)
+    before = problem.facts()
+    with pytest.raises(ZeroDivisionError):
+        problem.optimizer.step(problem.closure, loss_closure=lambda: 1 / 0)
+    assert_same(before, problem.facts())
+    assert problem.optimizer.last_step is None
