@@ -68,7 +68,7 @@ def _check_entry(index: Any, entry: Mapping[str, Any] | None, param: Tensor, fis
     """
     if not entry:
         return
-    wanted = fisher.init(torch.empty_like(as_real(param), device="meta"), state_dtype(param.dtype))
+    wanted = fisher.init(torch.empty(as_real(param).shape, device="meta"), state_dtype(param.dtype))
     who = f"state_dict['state'][{index!r}]"
     missing = sorted({STEP, *wanted} - entry.keys())
     if missing:
