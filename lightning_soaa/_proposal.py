@@ -1,7 +1,7 @@
 """A step between its gradients and its report: gather, absorb, aim, move, describe. Tensors only, no decision."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Any
 
@@ -96,17 +96,23 @@ def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
 def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: float, *, folds_lr: bool) -> list[StepSize]:
     """Return how far each group may go at `radius`.
 
-    Where the radius replaces the learning rate (`folds_lr`), lr only sets the groups' proportions and schedule.
+    Where the radius replaces the learning rate (`folds_lr`), lr only sets the groups' proportions and schedule, and
+    weight decay, which no user could then bound, takes no more than all of the parameters.
     """
     sizes = []
     for group in groups:
         lr = float(group["lr"])
         if folds_lr:
             bound = radius * lr / lr_unit if lr_unit else 0.0
-            sizes.append(StepSize(bound, 1.0, bound * group["weight_decay"], bound))
+            sizes.append(StepSize(bound, 1.0, min(1.0, bound * group["weight_decay"]), bound))
         else:
             sizes.append(StepSize(radius, lr, lr * group["weight_decay"], radius * lr))
     return sizes
+
+
+def only_zeros(entries: Iterable[Entry]) -> bool:
+    """Return whether all gradients are zero. The host waits for the device once a parameter, up to the first other."""
+    return not any(bool(param.grad.count_nonzero()) for _, param in entries if param.grad is not None)
 
 
 def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: DiagonalFisher) -> None:
@@ -119,20 +125,23 @@ def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], 
 def gather(
     entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> list[Bucket]:
-    """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise."""
+    """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
+
+    The age of each parameter counts the gradient from here on (`state` is modified in place).
+    """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for index, param in entries:
         if param.grad is None:
             continue
         group, kept = groups[index], state[param]
-        step = kept[STEP] + 1
-        key = (index, param.device, param.dtype, step)
+        kept[STEP] += 1
+        key = (index, param.device, param.dtype, kept[STEP])
         if key not in buckets:
             beta1, beta2 = group["betas"]
             foreach = group["foreach"] is not False
-            buckets[key] = Bucket(index, step, float(beta1), float(beta2), float(group["eps"]), foreach)
+            buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
         bucket = buckets[key]
-        grad = as_real(param.grad).to(state_dtype(param.dtype))
+        grad = as_real(param.grad.resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
         bucket.params.append(as_real(param))
         bucket.grads.append(-grad if group["maximize"] else grad)
         for name, value in kept.items():
@@ -148,8 +157,14 @@ def absorb(buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher) -
         ok = ok & base.isfinite()
     for bucket in buckets:
         fisher.update(bucket, ok.to(bucket.device))
+    return Proposal(buckets, base, ok, scale=scale_of(buckets, fisher))
+
+
+def scale_of(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+    """Return c of step 3, 0-d."""
     mean, spread = total(fisher.sums(bucket) for bucket in buckets)
-    return Proposal(buckets, base, ok, scale=1 + mean / spread)
+    scale: Tensor = 1 + mean / spread
+    return scale
 
 
 def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
@@ -221,24 +236,29 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
     return [float(value) for value in packed.tolist()]
 
 
-def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool) -> dict[str, float]:
-    """Return the statistics of a :class:`StepReport` that need a pass over the state, from the state alone."""
-    rows = []
-    for bucket in proposal.buckets:
-        if bucket.numel:
-            scale, size = proposal.scale.to(bucket.device), proposal.sizes[bucket.group]
-            rows.append(fisher.statistics(bucket, scale, size.radius).to(proposal.home))
-    if not rows:
-        return {}
-    table = torch.stack(rows)
-    columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
+def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
+    """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
-    low, high, trace, active, square, ok, base_loss = read([*columns, proposal.ok, base], proposal.home)
-    numel = sum(bucket.numel for bucket in proposal.buckets)
+    buckets, scale = proposal.buckets, proposal.scale
+    if skipped:  # the moments have not absorbed the gradient that the age counts
+        buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
+    buckets = [bucket for bucket in buckets if bucket.numel]
+    if not buckets:
+        return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
+    if skipped:
+        scale = scale_of(buckets, fisher)
+    table = torch.stack(
+        [
+            fisher.statistics(bucket, scale.to(bucket.device), proposal.sizes[bucket.group].radius).to(proposal.home)
+            for bucket in buckets
+        ]
+    )
+    columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
+    low, high, trace, active, square, base_loss = read([*columns, base], proposal.home)
+    numel = sum(bucket.numel for bucket in buckets)
     return {
         "base_loss": base_loss,
-        "skipped": not ok,
-        "step_norm": square**0.5 if moved and ok else 0.0,
+        "step_norm": square**0.5 if moved else 0.0,
         "fisher_mean": trace / numel,
         "fisher_min": low,
         "fisher_max": high,

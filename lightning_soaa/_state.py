@@ -1,6 +1,7 @@
 """What :class:`~lightning_soaa.SOAA` keeps: names of its state, options of groups, the copy a check restores."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ TOTAL_TRIALS = "total_trials"
 UNCHECKED_STEPS = "unchecked_steps"
 LAST_PREDICTED = "predicted_reduction"
 LAST_ACTUAL = "actual_reduction"
+REPEAT_GAP = "repeat_gap"  # None before the first check
 
-COUNTERS: Mapping[str, int | float] = {
+# What group 0 starts with.
+COUNTERS: Mapping[str, int | float | None] = {
     LR_UNIT: 0.0,
     STEPS: 0,
     CHECKS: 0,
@@ -41,7 +44,12 @@ COUNTERS: Mapping[str, int | float] = {
     UNCHECKED_STEPS: 0,
     LAST_PREDICTED: 0.0,
     LAST_ACTUAL: 0.0,
+    REPEAT_GAP: None,
 }
+# Counters that a report repeats.
+REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, TOTAL_TRIALS)
+# Moments are float32 at least, and an eps that vanishes in them leaves 0/0 where a gradient is zero.
+SMALLEST_EPS = torch.finfo(torch.float32).smallest_normal
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -62,7 +70,8 @@ def check_options(group: Mapping[str, Any]) -> None:
         refuse("SOAA", "betas", "a pair of numbers", betas, TypeError)
     for index, beta in enumerate(betas):
         check_between("SOAA", f"betas[{index}]", beta, -1e-300, 1, "in [0, 1)")
-    check_positive("SOAA", "eps", group["eps"])
+    if check_positive("SOAA", "eps", group["eps"]) < SMALLEST_EPS:
+        refuse("SOAA", "eps", f">= {SMALLEST_EPS}, the smallest normal float32", group["eps"])
     check_nonnegative("SOAA", "weight_decay", group["weight_decay"])
     if not isinstance(group["foreach"], bool | None):
         refuse("SOAA", "foreach", "None, True or False", group["foreach"], TypeError)
@@ -73,9 +82,32 @@ def check_options(group: Mapping[str, Any]) -> None:
 def initial_lr(group: Mapping[str, Any]) -> float:
     """Return the lr that a group's schedule starts from: what f = lr / initial_lr is relative to.
 
-    A scheduler that announces its peak (``max_lr``, OneCycleLR) is read relative to the peak.
+    A scheduler that announces its peak (``max_lr``, OneCycleLR) is read relative to the peak. CyclicLR keeps its peak
+    to itself: its schedule starts from its own `base_lr`, and f exceeds 1.
     """
     return float(group.get("max_lr", group.get("initial_lr", group[BASE_LR])))
+
+
+def lr_unit(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return the lr that counts as 1 under a rule that folds it: the largest initial one at the first step."""
+    return float(groups[0][LR_UNIT] or max(initial_lr(group) for group in groups))
+
+
+def schedule(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return what the schedulers multiply the step of the group with the largest one by."""
+    unit = lr_unit(groups)
+    return max(float(group["lr"]) for group in groups) / unit if unit else 0.0
+
+
+def host_lr(lr: float | Tensor) -> float | Tensor:
+    """Return an lr that can be read without waiting for a device: a tensor elsewhere than on the CPU as a number."""
+    return float(lr) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
+
+
+def fresh_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group without the numbers that an optimizer keeps in it, as it may come from another SOAA."""
+    own = {BASE_LR, GROUP_RADIUS, RADIUS, RULE_NAME, *COUNTERS}
+    return {key: value for key, value in group.items() if key not in own and not key.startswith(RULE)}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,26 +119,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def as_real(tensor: Tensor) -> Tensor:
     """Return `tensor`, or a view of a complex one with a last dimension of (real, imaginary)."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def scalar_loss(who: str, value: Any) -> Tensor:
-    """Return what closure `who` returned as a detached 0-d real tensor.
-
-    Raises:
-        TypeError: it is not a number or tensor of one element, or it is complex.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            kind = f"a tensor of shape {tuple(value.shape)}"
-            raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {kind}")
-        if value.is_complex():
-            raise TypeError(f"SOAA: `{who}` must return a real loss, got a tensor of {value.dtype}")
-        return value.detach().reshape(())
-    if isinstance(value, complex):
-        raise TypeError(f"SOAA: `{who}` must return a real loss, got {value!r}")
-    if not isinstance(value, int | float):
-        raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {value!r}")
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def numbers_of(head: Mapping[str, Any]) -> Numbers:
@@ -124,23 +136,27 @@ def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:
 def count(head: dict[str, Any], known: dict[str, Any]) -> None:
     """Count a step in group 0 and complete what is known of it for its report (both modified in place).
 
-    `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` if it has been read, and the ``reductions`` that
-    the decision rests on, if there was one, and the skipped steps ``missed`` since the last read.
+    `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` if it has been read, the ``reductions`` that the
+    decision rests on, if there was one, the skipped steps ``missed`` since the last read, and the ``repeat_gap`` of a
+    check.
     """
-    head[STEPS] += 1
-    head[TOTAL_TRIALS] += known["trials"]
-    head[SKIPPED_STEPS] += int(known.get("skipped", False)) + int(known.pop("missed", 0))
-    head[CHECKS] += int(known["checked"])
-    head[ACCEPTED_CHECKS] += int(known["checked"] and known["accepted"])
+    skipped = int(known.get("skipped", False)) + int(known.pop("missed", 0))
+    accepted = int(known["checked"] and known["accepted"])
+    added = {STEPS: 1, TOTAL_TRIALS: known["trials"], SKIPPED_STEPS: skipped, CHECKS: int(known["checked"])}
+    for name, number in {**added, ACCEPTED_CHECKS: accepted}.items():
+        head[name] += number
     head[UNCHECKED_STEPS] = 0 if known["checked"] else head[UNCHECKED_STEPS] + 1
+    head[REPEAT_GAP] = known.pop("repeat_gap", head[REPEAT_GAP])
     reductions = known.pop("reductions", None)
     if reductions is not None:
         head[LAST_PREDICTED], head[LAST_ACTUAL] = reductions
-    known |= {"step": head[STEPS], "radius": float(head[RADIUS]), "checks": head[CHECKS]}
-    known |= {"accepted_checks": head[ACCEPTED_CHECKS], "total_trials": head[TOTAL_TRIALS]}
-    if head[LAST_PREDICTED] != 0:
-        known |= {"predicted_reduction": head[LAST_PREDICTED], "actual_reduction": head[LAST_ACTUAL]}
-        known["acceptance_ratio"] = head[LAST_ACTUAL] / head[LAST_PREDICTED]
+    known |= {"step": head[STEPS], "radius": float(head[RADIUS]), **{name: head[name] for name in REPORTED}}
+    if head[REPEAT_GAP] is not None:
+        known["repeat_gap"] = head[REPEAT_GAP]
+    predicted, actual = head[LAST_PREDICTED], head[LAST_ACTUAL]
+    if predicted != 0:
+        known |= {"predicted_reduction": predicted, "actual_reduction": actual}
+        known["acceptance_ratio"] = actual / predicted if isfinite(actual) else actual
 
 
 def fill_missing(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], rule: AbstractRadius) -> None:
@@ -158,21 +174,6 @@ def fill_missing(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], 
         head.setdefault(name, value)
     for name, value in rule.init(max(initial_lr(group) for group in groups)).items():
         head.setdefault(name if name == RADIUS else RULE + name, value)
-
-
-def check_origin(incoming: Mapping[str, Any], rule: AbstractRadius) -> None:
-    """Refuse a state dict that is not SOAA's, is of another radius rule, or holds no radius to go on with.
-
-    Raises:
-        ValueError: as said; nothing has been changed.
-    """
-    head = incoming["param_groups"][0]
-    if RADIUS not in head:
-        refuse("SOAA", "state_dict", f"SOAA's own, with `{RADIUS}` in its first group", sorted(head))
-    name = head.get(RULE_NAME, type(rule).__name__)
-    if name != type(rule).__name__:
-        refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
-    check_positive("SOAA", f"state_dict['param_groups'][0]['{RADIUS}']", head[RADIUS])
 
 
 class Snapshot:
@@ -211,18 +212,3 @@ class Snapshot:
                     self._state[param][key].copy_(value)
                 else:
                     self._state[param][key] = value
-
-
-def restore_precision(
-    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
-) -> None:
-    """Copy floating state from the `incoming` state dict again in the state's own dtype.
-
-    ``Optimizer.load_state_dict`` casts it to the dtype of the parameter, which rounds float32 moments of a bfloat16
-    parameter (`state` is modified in place).
-    """
-    for saved, group in zip(incoming["param_groups"], groups, strict=True):
-        for index, param in zip(saved["params"], group["params"], strict=True):
-            for key, value in incoming["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state[param][key] = value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)

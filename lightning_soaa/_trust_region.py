@@ -2,13 +2,60 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf, isfinite
 from typing import Any
 
 from torch import Tensor
 
-from lightning_soaa._proposal import Proposal, linear_reduction, move, parameter_mean_square, read
-from lightning_soaa._state import Snapshot
-from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
+from lightning_soaa._checks import check_nonnegative
+from lightning_soaa._proposal import (
+    Proposal,
+    linear_reduction,
+    move,
+    parameter_mean_square,
+    published_reduction,
+    read,
+)
+from lightning_soaa._state import RADIUS, Snapshot
+from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
+
+Aim = Callable[[Proposal, float], None]
+Known = dict[str, Any]
+
+
+def judge(rule: AbstractRadius, numbers: Numbers, evidence: Evidence) -> Decision:
+    """Return the rule's decision.
+
+    Raises:
+        ValueError: its radius is negative or not finite, and no step could be taken with it.
+    """
+    decision = rule.update(numbers, evidence)
+    check_nonnegative(type(rule).__name__, f"update(...).numbers['{RADIUS}']", decision.numbers[RADIUS])
+    return decision
+
+
+def follow(
+    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, aim: Aim, fisher: DiagonalFisher, evidence: Evidence
+) -> tuple[Numbers, Known]:
+    """Take a step without a trial. Reads nothing on the host unless the rule needs the loss.
+
+    The rule decides before anything moves, so that an exception in it leaves the parameters where they are.
+
+    Returns:
+        The rule's new numbers, and what is known of the step for its report.
+    """
+    known: Known = {"checked": False, "accepted": True, "trials": 0}
+    aim(proposal, numbers[RADIUS])
+    if rule.needs_loss:
+        predicted = published_reduction(proposal, fisher)
+        base, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
+        known |= {"skipped": not ok, "accepted": bool(ok)}
+        if ok:
+            decision = judge(rule, numbers, replace(evidence, base=base, predicted=promised))
+            numbers, known["reductions"] = decision.numbers, decision.reductions
+    move(proposal, decay=True)
+    return numbers, known
 
 
 def search(
@@ -17,14 +64,16 @@ def search(
     rule: AbstractRadius,
     numbers: Numbers,
     *,
-    aim: Callable[[Proposal, float], None],
+    aim: Aim,
     trial_loss: Callable[[], Tensor],
     evidence: Evidence,
+    rounding: float,
+    gap: float | None,
     unread: Tensor | None,
-) -> tuple[Numbers, dict[str, Any]]:
+) -> tuple[Numbers, Known]:
     """Try radii until `rule` keeps a point or gives up; the parameters are left at the kept or the first point.
 
-    Reads the host once a trial. The trial point leaves weight decay out, since decay is no part of the loss.
+    Reads the host once a trial of a step. The trial point leaves weight decay out, since decay is no part of the loss.
 
     Args:
         proposal: gradients absorbed, no direction yet (its directions are set here).
@@ -33,36 +82,35 @@ def search(
         numbers: the rule's running numbers.
         aim: sets the proposal's directions at a radius.
         trial_loss: the loss at the current parameters, mean over ranks, 0-d.
-        evidence: what is known before the first trial; its `noise` is relative to the base loss.
+        evidence: what is known before the first trial.
+        rounding: rounding error of the base loss, relative to it.
+        gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured,
+            which is one more trial.
         unread: 0-d count to be read along with the first trial, or None.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
     """
-    attempt, home, mean_square = 0, proposal.home, parameter_mean_square(proposal)
+    home, mean_square = proposal.home, parameter_mean_square(proposal)
+    repeat = trial_loss() if gap is None else None
+    attempt, repeats = 0, int(gap is None)
     while True:
         attempt += 1
-        aim(proposal, numbers["radius"])
+        aim(proposal, numbers[RADIUS])
         predicted = linear_reduction(proposal)
         move(proposal, decay=False)
-        values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread]
-        base, trial, promised, square, ok, missed = read(values, home)
-        known: dict[str, Any] = {"checked": bool(ok), "skipped": not ok, "accepted": False}
-        known |= {"trials": attempt, "missed": int(missed)}
+        values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread, repeat]
+        base, trial, promised, square, ok, missed, repeated = read(values, home)
+        known: Known = {"checked": bool(ok), "skipped": not ok, "accepted": False}
+        known |= {"trials": attempt + repeats, "missed": int(missed)}
         if not ok:
             return numbers, known
-        seen = replace(
-            evidence,
-            base=base,
-            trial=trial,
-            predicted=promised,
-            attempt=attempt,
-            noise=evidence.noise * abs(base),
-            parameter_rms=square**0.5,
-        )
-        decision = rule.update(numbers, seen)
-        numbers = decision.numbers
-        known |= {"accepted": decision.accepted, "reductions": (promised, base - trial)}
+        gap = finite_or(repeated - base, inf) if gap is None else gap
+        noise = rounding * abs(base) + finite_or(abs(gap), 0.0)
+        seen = replace(evidence, base=base, trial=trial, predicted=promised, attempt=attempt)
+        decision = judge(rule, numbers, replace(seen, noise=noise, parameter_rms=square**0.5))
+        numbers, reductions = decision.numbers, (promised, finite_or(base - trial, -inf))
+        known |= {"accepted": decision.accepted, "reductions": reductions, "repeat_gap": gap}
         if not decision.accepted:
             snapshot.restore_params()
         elif any(size.decay for size in proposal.sizes):
@@ -70,3 +118,8 @@ def search(
             move(proposal, decay=True)
         if decision.accepted or not decision.retry:
             return numbers, known
+
+
+def finite_or(value: float, otherwise: float) -> float:
+    """Return `value` if it is finite."""
+    return value if isfinite(value) else otherwise

@@ -1,6 +1,5 @@
 """SOAA: collects gradients, lets the Fisher propose a step and the radius rule judge it, and owns every mutation."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -8,33 +7,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_soaa import _state as keys
+from lightning_soaa._checkpoint import check_loadable, restore_precision
 from lightning_soaa._checks import refuse
-from lightning_soaa._dist import mean_over_ranks
-from lightning_soaa._proposal import (
-    Entry,
-    Proposal,
-    absorb,
-    aim,
-    describe,
-    ensure_state,
-    find_gradients,
-    gather,
-    move,
-    published_reduction,
-    read,
-    step_sizes,
-)
-from lightning_soaa._state import Snapshot, scalar_loss
-from lightning_soaa._trust_region import search
-from lightning_soaa.fisher import DiagonalFisher, wide_dtype
-from lightning_soaa.radius import AbstractRadius, Evidence, Numbers, RatioRadius
+from lightning_soaa._loss import scalar_loss
+from lightning_soaa._proposal import Entry, Proposal, describe, ensure_state, find_gradients, only_zeros, read
+from lightning_soaa._step import LossClosure, Stepper
+from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.radius import AbstractRadius, RatioRadius
 from lightning_soaa.report import StepReport
-
-LossClosure = Callable[[], Any]
-Outcome = tuple[Proposal, Numbers, dict[str, Any]]
-
-# Rounding of a loss is forgiven up to this many units in its last place.
-LOSS_ULPS = 8
 
 
 class SOAA(Optimizer):
@@ -109,7 +89,7 @@ class SOAA(Optimizer):
         if not isinstance(fisher, DiagonalFisher):
             refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
         defaults: dict[str, Any] = {
-            "lr": lr,
+            "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -145,11 +125,14 @@ class SOAA(Optimizer):
         The statistics are computed when first read, which waits for the device once and takes a pass over the state.
         """
         if self._pending is not None:
-            proposal, known = self._pending
-            self._settle_skips()
-            lazy = describe(proposal, self.fisher_rule, moved=known["accepted"])
-            lazy["accepted"] = known["accepted"] and not lazy.get("skipped", False)
-            known = {"skipped": False, **known, **lazy, "skipped_steps": self.param_groups[0][keys.SKIPPED_STEPS]}
+            (proposal, known), head = self._pending, self.param_groups[0]
+            if "skipped" not in known:  # the host has not heard of it yet
+                missed, ok = read([self._unread_skips, proposal.ok], proposal.home)
+                head[keys.SKIPPED_STEPS] += int(missed)
+                known |= {"skipped": not ok, "accepted": bool(ok), "skipped_steps": head[keys.SKIPPED_STEPS]}
+                self._unread_skips = None
+            known |= describe(proposal, self.fisher_rule, moved=known["accepted"], skipped=known["skipped"])
+            known["base_loss"] *= -1 if head["maximize"] else 1
             self._pending, self._report = None, StepReport(**known)
         return self._report
 
@@ -181,11 +164,21 @@ class SOAA(Optimizer):
             What `closure` returned.
 
         Raises:
-            TypeError: a closure returns no real scalar, or a gradient is sparse.
-            ValueError: the radius rule needs a loss or a loss closure and was given none.
+            TypeError: a closure is not callable or returns no real scalar, or a gradient is sparse.
+            ValueError: the radius rule needs a loss or a loss closure and was given none, or its radius is not finite.
 
-        An exception in either closure leaves parameters and state as they were before the step.
+        An exception in either closure leaves parameters and state as they were before the step. So does one in the
+        radius rule on a check; elsewhere parameters and radius stay, but the moments have absorbed the gradient.
+
+        The first check evaluates the loss closure once more, before anything moves: what it differs by from the loss
+        of the gradients (``last_step.repeat_gap``) is forgiven in all checks, as rounding is.
+
+        A step without a closure that finds nothing but zero gradients before there is any state creates the state and
+        is not counted, as torch's distributed checkpoint wants it.
         """
+        for name, value in (("closure", closure), ("loss_closure", loss_closure)):
+            if value is not None and not callable(value):
+                refuse("SOAA", name, "callable", value, TypeError)
         bound, self._bound = self._bound, None
         base: Tensor | None = None
         if loss_closure is None and bound is not None:
@@ -209,13 +202,13 @@ class SOAA(Optimizer):
         return returned
 
     def _blind(self) -> bool:
-        """Return whether there is nothing to go by: no gradient, or only zeros where the rule needs a loss.
+        """Return whether there is nothing to go by: no gradient, or only zeros where there is no state or no loss.
 
         torch.distributed.checkpoint steps so to have the state created.
         """
-        grads = [param.grad for _, param in find_gradients(self.param_groups)]
-        needy = self.radius_rule.needs_trial or self.radius_rule.needs_loss
-        return not grads or (needy and not any(bool(grad.count_nonzero()) for grad in grads if grad is not None))
+        entries = find_gradients(self.param_groups)
+        look = self.radius_rule.needs_trial or self.radius_rule.needs_loss or not self.state
+        return not entries or (look and only_zeros(entries))
 
     def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
@@ -225,96 +218,25 @@ class SOAA(Optimizer):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
+        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule)
         if check and base is not None and loss_closure is not None:
-            proposal, numbers, known = self._checked_step(entries, base, loss_closure)
+            proposal, numbers, known = stepper.checked(entries, base, loss_closure, self._unread_skips)
+            if self._unread_skips is None:  # the loss closure had them counted, by saving or reading a report
+                known["missed"] = 0
+            self._unread_skips = None
         else:
-            proposal, numbers, known = self._plain_step(entries, base)
+            proposal, numbers, known = stepper.plain(entries, base)
+            if "skipped" not in known:
+                skipped = proposal.ok.logical_not().to(torch.int64)
+                self._unread_skips = skipped if self._unread_skips is None else self._unread_skips + skipped
         known["trials"] += trials
         proposal.release()
         for group, size in zip(self.param_groups, proposal.sizes, strict=True):
             group[keys.GROUP_RADIUS] = size.bound
-        head[keys.LR_UNIT] = self._lr_unit()
+        head[keys.LR_UNIT] = keys.lr_unit(self.param_groups)
         keys.store_numbers(head, numbers)
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
-
-    def _lr_unit(self) -> float:
-        """Return the lr that counts as 1 under a rule that folds it: the largest initial one at the first step."""
-        return float(self.param_groups[0][keys.LR_UNIT] or max(keys.initial_lr(group) for group in self.param_groups))
-
-    def _schedule(self) -> float:
-        """Return what the schedulers multiply the step of the group with the largest one by."""
-        unit = self._lr_unit()
-        return max(float(group["lr"]) for group in self.param_groups) / unit if unit else 0.0
-
-    def _reduced(self, loss: Tensor, home: torch.device) -> Tensor:
-        """Return a loss to be minimised, mean over ranks, 0-d in the wide dtype."""
-        loss = loss.to(home, wide_dtype(home))
-        return mean_over_ranks(-loss if self.param_groups[0]["maximize"] else loss)
-
-    def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
-        """Update the moments where everything is finite and return what can be proposed."""
-        ensure_state(entries, self.state, self.fisher_rule)
-        base = None if base is None else self._reduced(base, entries[0][1].device)
-        return absorb(gather(entries, self.param_groups, self.state), base, self.fisher_rule)
-
-    def _aim(self, proposal: Proposal, radius: float) -> None:
-        """Set the proposal's directions at `radius`."""
-        sizes = step_sizes(self.param_groups, radius, self._lr_unit(), folds_lr=self.radius_rule.folds_lr)
-        aim(proposal, sizes, self.fisher_rule, cautious=self.radius_rule.cautious)
-
-    def _age(self, entries: list[Entry]) -> None:
-        """Count the gradient that was absorbed."""
-        for _, param in entries:
-            self.state[param][keys.STEP] += 1
-
-    def _plain_step(self, entries: list[Entry], base: Tensor | None) -> Outcome:
-        """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
-        rule, numbers = self.radius_rule, keys.numbers_of(self.param_groups[0])
-        known: dict[str, Any] = {"checked": False, "accepted": True, "trials": 0}
-        proposal = self._absorb(entries, base)
-        self._aim(proposal, numbers["radius"])
-        move(proposal, decay=True)
-        if rule.needs_loss and base is not None:
-            predicted = published_reduction(proposal, self.fisher_rule)
-            loss, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
-            known |= {"skipped": not ok, "accepted": bool(ok)}
-            if ok:
-                beta1, eps = self.defaults["betas"][0], self.defaults["eps"]
-                decision = rule.update(numbers, Evidence(base=loss, predicted=promised, beta1=beta1, eps=eps))
-                numbers, known["reductions"] = decision.numbers, decision.reductions
-        else:
-            skipped = proposal.ok.logical_not().to(torch.int64)
-            self._unread_skips = skipped if self._unread_skips is None else self._unread_skips + skipped
-        if not known.get("skipped", False):
-            self._age(entries)
-        return proposal, numbers, known
-
-    def _checked_step(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure) -> Outcome:
-        """Take a step whose trial loss is evaluated; an exception in `loss_closure` undoes all of it."""
-        snapshot = Snapshot([param for _, param in entries], self.state)
-        noise = LOSS_ULPS * torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0
-        try:
-            proposal = self._absorb(entries, base)
-            numbers, known = search(
-                proposal,
-                snapshot,
-                self.radius_rule,
-                keys.numbers_of(self.param_groups[0]),
-                aim=self._aim,
-                trial_loss=lambda: self._reduced(scalar_loss("loss_closure", loss_closure()), proposal.home),
-                evidence=Evidence(base=0.0, predicted=0.0, noise=noise, schedule=self._schedule()),
-                unread=self._unread_skips,
-            )
-            self._unread_skips = None
-        except BaseException:
-            snapshot.restore()
-            raise
-        if known["skipped"]:
-            snapshot.restore()
-        else:
-            self._age(entries)
-        return proposal, numbers, known
 
     def _settle_skips(self) -> None:
         """Bring the count of steps that were skipped between reads to the host."""
@@ -325,15 +247,22 @@ class SOAA(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also in mid-training; options it does not name are those of the defaults.
 
+        A group of another SOAA brings its options and the user's keys, not the numbers of the run it comes from.
+
         Raises:
-            TypeError: an option has the wrong type.
+            TypeError: `param_group` is no dict, or an option has the wrong type.
             ValueError: an option is out of range, or `maximize` differs from the other groups'.
         """
-        merged = {**self.defaults, **param_group}
+        if not isinstance(param_group, dict):
+            refuse("SOAA", "param_group", "a dict with `params`", type(param_group).__name__, TypeError)
+        if "params" not in param_group:
+            refuse("SOAA", "param_group", "a dict with `params`", sorted(param_group))
+        merged = {**self.defaults, **keys.fresh_options(param_group)}
         keys.check_options(merged)
         if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
             refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
-        super().add_param_group({keys.BASE_LR: float(merged["lr"]), keys.GROUP_RADIUS: 0.0, **param_group})
+        lr = keys.host_lr(merged["lr"])
+        super().add_param_group({**merged, "lr": lr, keys.BASE_LR: float(lr), keys.GROUP_RADIUS: 0.0})
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
@@ -345,13 +274,13 @@ class SOAA(Optimizer):
         """Load what :meth:`state_dict` returned; float32 moments stay float32 whatever the parameters are.
 
         Raises:
-            ValueError: it is not SOAA's, belongs to another radius rule, or groups and parameters do not match; the
-                optimizer is as before.
+            ValueError: it is not SOAA's, belongs to another radius rule, or groups, parameters and moments do not
+                match; the optimizer is as before.
         """
         incoming: dict[str, Any] = {}
 
         def take(_: Optimizer, final: dict[str, Any]) -> None:
-            keys.check_origin(final, self.radius_rule)
+            check_loadable(final, self.param_groups, self.radius_rule, self.fisher_rule)
             incoming.update(final)
 
         handle = self.register_load_state_dict_pre_hook(take)
@@ -359,7 +288,7 @@ class SOAA(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        keys.restore_precision(incoming, self.param_groups, self.state)
+        restore_precision(incoming, self.param_groups, self.state)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:

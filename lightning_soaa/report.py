@@ -18,12 +18,17 @@ class StepReport:
         accepted: whether the parameters moved to the proposed point. ``False`` for a rejected and for a skipped step.
         skipped: whether the loss or a gradient was not finite, so that neither parameters nor moments moved.
         trials: trial losses evaluated in this step.
-        base_loss: the loss at the point the step started from, or ``nan`` if the step was given none.
-        acceptance_ratio: actual over predicted reduction (rho) of the last check.
-        predicted_reduction: what the model of the loss promised at the last check, in units of the loss.
-        actual_reduction: what the same batch's loss did at the last check, in units of the loss.
-        repeat_gap: loss of a trial at no displacement minus the base loss, in the first check, in units of the loss:
-            0, or rounding, if the loss closure is deterministic; ``nan`` if it has not been measured.
+        base_loss: the loss at the point the step started from, mean over ranks, or ``nan`` if the step was given none.
+        acceptance_ratio: actual over predicted reduction (rho) of the last check; ``-inf`` if its trial loss was not
+            finite.
+        predicted_reduction: what the model of the loss promised at the last check, in units of the loss that is
+            minimised (the negative of the user's under ``maximize=True``).
+        actual_reduction: what the same batch's loss did at the last check, in the same units; ``-inf`` if the trial
+            loss was not finite, be it ``nan``: such a step is as bad as can be, and not one of which nothing is known.
+        repeat_gap: what the loss closure differed by from the base loss at the first check of all, where nothing had
+            moved, in units of the loss that is minimised; ``inf`` if it was not finite. It is 0, or rounding, if the
+            loss closure computes the same loss. If not (other dropout masks, another batch), checks measure this noise
+            beside the step, and forgive as much.
         step_norm: Euclidean norm of the displacement of this step, weight decay apart; 0 if it did not move.
         fisher_mean: mean of the diagonal Fisher over all coordinates.
         fisher_min: smallest entry of the diagonal Fisher.

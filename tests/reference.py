@@ -21,7 +21,7 @@ class ReferenceSOAA:
             group["m"] = [np.zeros_like(x) for x in group["x"]]
             group["v"] = [np.zeros_like(x) for x in group["x"]]
             group["t"] = [0 for _ in group["x"]]
-        self.skipped, self.trials = 0, 0
+        self.skipped, self.trials, self.gap = 0, 0, None
 
     def everything(self):
         for group in self.groups:
@@ -68,7 +68,7 @@ class ReferenceSOAA:
         """Nothing moves. Where the host has not read the loss the parameters' age counts the step all the same."""
         self.skipped += 1
         due = self.rule == "ratio" and self.check_due()
-        self.trials += due  # the trial was under way before the host knew
+        self.trials += due * (2 if self.gap is None else 1)  # they were under way before the host knew
         if self.rule == "fixed" or (self.rule == "ratio" and not due):
             for group, i in self.everything():
                 group["t"][i] += 1
@@ -103,6 +103,9 @@ class ReferenceSOAA:
         places = list(self.everything())
         start = [group["x"][i] for group, i in places]
         due = self.check_due()
+        if due and self.gap is None:
+            self.trials += 1
+            self.gap = loss_at() - loss  # what a loss that is not the same twice differs by
         self.unchecked = 0 if due else self.unchecked + 1
         prior = self.options["relative"] * np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
         for _ in range(self.options["max_trials"] if due else 1):
@@ -116,7 +119,7 @@ class ReferenceSOAA:
                 if not self.judge(promised, loss - loss_at(), loss, prior):
                     self.put(start)
                     continue
-            decays = [alpha * group["weight_decay"] for (group, _), alpha in zip(places, alphas, strict=True)]
+            decays = [min(1.0, alpha * group["weight_decay"]) for (group, _), alpha in zip(places, alphas, strict=True)]
             self.put([a - decay * a + b for a, b, decay in zip(start, s, decays, strict=True)])
             return
 
@@ -128,7 +131,7 @@ class ReferenceSOAA:
         """Return whether the trial is kept; the radius moves either way."""
         if promised == 0:
             return True
-        noise = 8 * np.finfo(float).eps * abs(loss)
+        noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap)
         wanted = 0.5 if self.phase == 2 else -1.0
         if not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise:
             self.d *= 0.25 if self.phase == 2 else 0.5

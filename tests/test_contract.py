@@ -131,30 +131,6 @@ def test_distributed_checkpoint_round_trip_resumes(rule, flatten):
     assert_same(problem.run(12).facts(), other.run(12).facts())
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_groups_and_their_order_make_no_difference(rule):
-    one, many = Problem(rule).run(15), Problem(rule, grouped=True)
-    turned = Problem(rule, grouped=True)
-    turned.optimizer = SOAA([{"params": [p]} for p in reversed(turned.params)], radius=RULES[rule])
-    many.run(15)
-    turned.run(15)
-    for a, b, c in zip(one.params, many.params, turned.params, strict=True):
-        # Sums over all parameters are formed in another order.
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
-        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_group_of_negligible_lr_does_not_move(rule):
-    problem = Problem(rule)
-    groups = [{"params": problem.params[:2], "lr": 1e-2}, {"params": problem.params[2:]}]
-    problem.optimizer = SOAA(groups, lr=1e-28, radius=RULES[rule])
-    before = [p.detach().clone() for p in problem.params]
-    problem.run(30)
-    moved = [not torch.equal(a, b) for a, b in zip(before, problem.params, strict=True)]
-    assert moved == [True, True, False, False]
-
-
 def test_groups_have_their_own_decay_and_betas():
     x, y = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
     optimizer = SOAA(
@@ -166,19 +142,6 @@ def test_groups_have_their_own_decay_and_betas():
     torch.testing.assert_close(y.detach(), torch.ones_like(y), atol=1e-8, rtol=0)
     assert optimizer.state[x]["m"][0].item() == pytest.approx(0.1)
     assert optimizer.state[y]["m"][0].item() == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_group_added_in_mid_training_joins(rule):
-    problem = Problem(rule)
-    problem.optimizer = SOAA(problem.params[:3], radius=RULES[rule])
-    problem.run(10)
-    problem.optimizer.add_param_group({"params": problem.params[3:], "lr": 1e-4})
-    before = problem.params[3].detach().clone()
-    problem.run(10)
-    assert problem.optimizer.state[problem.params[3]]["step"] == 10
-    assert problem.optimizer.state[problem.params[0]]["step"] == 20
-    assert not torch.equal(before, problem.params[3])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -204,25 +167,6 @@ def test_maximize_is_minimising_the_negative(rule):
     down, up = Problem(rule), Problem(rule, maximize=True)
     up.spoil = -1.0
     assert_same(down.run(20).facts(), up.run(20).facts(), but=["maximize"])
-
-
-def test_complex_parameter_is_a_pair_of_reals():
-    start = torch.randn(5, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
-    z = torch.nn.Parameter(start.clone())
-    pair = torch.nn.Parameter(torch.view_as_real(start.clone()))
-    runs = [(z, SOAA([z], lr=0.1), lambda: z), (pair, SOAA([pair], lr=0.1), lambda: torch.view_as_complex(pair))]
-    for _ in range(12):
-        for _, optimizer, value in runs:
-            loss = lambda value=value: (value() * (1 + 2j) - 1).abs().square().sum()  # noqa: E731
-
-            def closure(optimizer=optimizer, loss=loss):
-                optimizer.zero_grad()
-                result = loss()
-                result.backward()
-                return result
-
-            optimizer.step(closure, loss_closure=loss)
-    assert torch.equal(torch.view_as_real(z.detach()), pair.detach())
 
 
 def test_mixed_dtypes_shapes_and_integers_in_one_list():
@@ -261,18 +205,6 @@ def test_only_empty_parameters_are_stepped_without_harm():
         assert optimizer.last_step.step == 1
 
 
-@pytest.mark.parametrize("default", [torch.float16, torch.float64])
-@pytest.mark.parametrize("rule", RULES)
-def test_default_dtype_does_not_leak_into_the_step(rule, default):
-    plain = Problem(rule).run(10).facts()
-    other, before = Problem(rule), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(default)
-        assert_same(plain, other.run(10).facts())
-    finally:
-        torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_autocast_does_not_leak_into_the_step(rule):
     plain, other = Problem(rule).run(6), Problem(rule)
@@ -297,14 +229,6 @@ def test_autocast_does_not_leak_into_the_step(rule):
 def test_tensor_lr_equals_float_lr(rule):
     plain, other = Problem(rule, lr=0.25).run(8), Problem(rule, lr=torch.tensor(0.25)).run(8)
     assert_same(plain.facts(), other.facts(), but=["lr"])
-
-
-def test_hooks_run_once_a_step_with_their_arguments():
-    problem, seen = Problem("ratio"), []
-    problem.optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", sorted(kwargs))))
-    problem.optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", len(args))))
-    problem.run(2)
-    assert seen == [("pre", ["loss_closure"]), ("post", 2)] * 2 or seen == [("pre", ["loss_closure"]), ("post", 1)] * 2
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -398,13 +322,13 @@ def test_state_dict_of_another_rule_is_refused_and_changes_nothing(saved, into):
     assert_same(before, problem.facts())
 
 
-@pytest.mark.parametrize("radius", [float("nan"), -1.0, 0.0])
+@pytest.mark.parametrize("radius", [float("nan"), float("inf"), -1.0])
 def test_state_dict_without_a_usable_radius_is_refused_and_changes_nothing(radius):
     state = copy.deepcopy(Problem("ratio").run(3).optimizer.state_dict())
     state["param_groups"][0]["radius"] = radius
     problem = Problem("ratio").run(2)
     before = problem.facts()
-    with pytest.raises(ValueError, match=r"SOAA: `state_dict.*radius.*` must be (finite|> 0), got"):
+    with pytest.raises(ValueError, match=r"SOAA: `state_dict.*radius.*` must be (finite|>= 0), got"):
         problem.optimizer.load_state_dict(state)
     assert_same(before, problem.facts())
 

@@ -67,12 +67,14 @@ def counting(*args, **kwargs):
         (RatioRadius(relative=1e6, interval=1), 1, 8, 8),
     ],
 )
-def test_closure_called_once_per_step_and_loss_closure_once_per_check(rule, accumulate, real, trials):
+def test_closure_called_once_per_step_and_loss_closure_once_per_check_and_repeated_in_the_first(
+    rule, accumulate, real, trials
+):
     run = train(lambda: counting(rule, lr=1e-3), max_epochs=1, accumulate_grad_batches=accumulate)
     assert run.module.count["real"] == list(range(real))
-    assert run.module.count["trial"] == list(range(trials))
+    assert run.module.count["trial"] == [*range(accumulate if trials else 0), *range(trials)]
     assert run.trainer.global_step == -(-8 // accumulate)
-    assert run.trainer.optimizers[0].last_step.total_trials == (run.trainer.global_step if trials else 0)
+    assert run.trainer.optimizers[0].last_step.total_trials == (1 + run.trainer.global_step if trials else 0)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -250,8 +252,8 @@ def test_default_dtype_and_autocast_are_lightnings_own_in_backward_hooks_and_tri
     train(lambda: Watching(ACCEPT), max_steps=1, precision="bf16-mixed")
     single, half = torch.float32, torch.bfloat16
     assert seen == [
-        ("forward", half, False), ("backward", single, False), ("step", single, False), ("trial", half, False),
-        ("forward", single, True), ("backward", single, False), ("step", single, False), ("trial", single, True),
+        ("forward", half, False), ("backward", single, False), ("step", single, False), *[("trial", half, False)] * 2,
+        ("forward", single, True), ("backward", single, False), ("step", single, False), *[("trial", single, True)] * 2,
     ]  # fmt: skip
     assert torch.get_default_dtype() is torch.float32
 
@@ -274,7 +276,8 @@ def test_manual_optimization_is_what_training_step_sees_and_nobody_else():
             self.look()
 
     train(lambda: Looking(ACCEPT), max_steps=1)
-    assert seen == [True, False, False, True]  # on_train_start, real forward, trial, on_train_batch_end
+    # on_train_start, real forward, trial and its repetition, on_train_batch_end
+    assert seen == [True, False, False, False, True]
 
 
 def test_memory_of_batches_is_dropped_with_the_step_and_never_taken_without_trials():

@@ -397,11 +397,6 @@ def test_parameters_come_in_every_form_that_torch_takes():
         assert sum(len(group["params"]) for group in SOAA(params).param_groups) == 2
 
 
-def test_unknown_keyword_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'amsgrad'"):
-        SOAA([nn.Parameter(torch.ones(1))], amsgrad=True)
-
-
 # dtypes
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from problems import RULES, Problem, assert_same
@@ -32,6 +33,11 @@ OPTIONS = [
     ({"eps": 0.0}, ValueError, "SOAA: `eps` must be > 0, got 0.0"),
     ({"eps": -1.0}, ValueError, "SOAA: `eps` must be > 0, got -1.0"),
     ({"eps": math.inf}, ValueError, "SOAA: `eps` must be finite, got inf"),
+    (
+        {"eps": 1e-38},
+        ValueError,
+        "SOAA: `eps` must be >= 1.1754943508222875e-38, the smallest normal float32, got 1e-38",
+    ),
     ({"weight_decay": -0.1}, ValueError, "SOAA: `weight_decay` must be >= 0, got -0.1"),
     ({"weight_decay": None}, TypeError, "SOAA: `weight_decay` must be a real number, got None"),
     ({"foreach": 3}, TypeError, "SOAA: `foreach` must be None, True or False, got 3"),
@@ -160,6 +166,9 @@ LOSSES = [
     (torch.ones(()) * 1j, "must return a real loss, got a tensor of torch.complex64"),
     (1j, "must return a real loss, got 1j"),
     ("loss", "must return a scalar loss, got 'loss'"),
+    (np.complex64(1j), "must return a real loss, got a tensor of torch.complex64"),
+    (np.ones(2), "must return a scalar loss, got array([1., 1.])"),
+    ([1.0], "must return a scalar loss, got [1.0]"),
 ]
 
 
@@ -201,6 +210,120 @@ def test_missing_loss_is_refused_under_the_published_rule():
 def test_loss_closure_to_bind_must_be_callable():
     with pytest.raises(TypeError, match=exactly("SOAA: `loss_closure` must be callable, got 1.0")):
         Problem("ratio").optimizer.bind_loss_closure(1.0)
+
+
+@pytest.mark.parametrize("name", ["closure", "loss_closure"])
+@pytest.mark.parametrize("value", [5, torch.tensor(1.0)])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_callable_is_refused_on_every_step(rule, value, name):
+    problem = Problem(rule).run(2)
+    problem.optimizer.param_groups[0].update({"rule_phase": 0, "unchecked_steps": 0} if rule == "ratio" else {})
+    problem.closure()
+    before = problem.facts()
+    given = {"loss_closure": problem.loss_closure, name: value}
+    with pytest.raises(TypeError, match=exactly(f"SOAA: `{name}` must be callable, got {value!r}")):
+        problem.optimizer.step(**given)
+    assert_same(before, problem.facts())
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "text"),
+    [
+        ([torch.ones(1)], TypeError, "SOAA: `param_group` must be a dict with `params`, got 'list'"),
+        (torch.ones(1), TypeError, "SOAA: `param_group` must be a dict with `params`, got 'Tensor'"),
+        ({"lr": 1.0}, ValueError, "SOAA: `param_group` must be a dict with `params`, got ['lr']"),
+    ],
+)
+def test_what_is_no_parameter_group_is_refused_and_nothing_changes(group, error, text):
+    problem = Problem("ratio").run(2)
+    before = problem.facts()
+    with pytest.raises(error, match=exactly(text)):
+        problem.optimizer.add_param_group(group)
+    assert_same(before, problem.facts())
+    assert len(problem.optimizer.param_groups) == 1
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def with_entry(state, change):
+    """The state dict with its parameter 1 changed."""
+    return {**state, "state": {**state["state"], 1: change(state["state"][1])}}
+
+
+GROUP = ["base_lr", "betas", "eps", "foreach", "group_radius", "lr", "maximize", "weight_decay"]
+LOADED = [
+    (lambda s: {}, "SOAA: `state_dict` must be one with `state` and `param_groups`, got []"),
+    (
+        lambda s: without(s, "state"),
+        "SOAA: `state_dict` must be one with `state` and `param_groups`, got ['param_groups']",
+    ),
+    (
+        lambda s: {**s, "param_groups": []},
+        "SOAA: `state_dict` must be SOAA's own, with `radius` in its first group, got []",
+    ),
+    (
+        lambda s: {**s, "param_groups": [s["param_groups"][0], without(s["param_groups"][1], "lr")]},
+        "SOAA: `state_dict['param_groups'][1]` must be a group with `lr` and `params`, "
+        f"got {sorted({*GROUP, 'params'} - {'lr'})}",
+    ),
+    (
+        lambda s: {**s, "param_groups": [s["param_groups"][0], without(s["param_groups"][1], "params")]},
+        f"SOAA: `state_dict['param_groups'][1]` must be a group with `lr` and `params`, got {GROUP}",
+    ),
+    (
+        lambda s: with_entry(s, lambda entry: {**entry, "m": entry["m"][:3]}),
+        "SOAA: `state_dict['state'][1]['m']` must be a tensor of shape (8,), got (3,)",
+    ),
+    (
+        lambda s: with_entry(s, lambda entry: {**entry, "v": entry["v"].reshape(2, 4)}),
+        "SOAA: `state_dict['state'][1]['v']` must be a tensor of shape (8,), got (2, 4)",
+    ),
+    (
+        lambda s: with_entry(s, lambda entry: {**entry, "v": 0.0}),
+        "SOAA: `state_dict['state'][1]['v']` must be a tensor of shape (8,), got ()",
+    ),
+    (
+        lambda s: with_entry(s, lambda entry: without(entry, "m")),
+        "SOAA: `state_dict['state'][1]` must be one with `m`, `step`, `v`, got ['step', 'v']",
+    ),
+    (
+        lambda s: with_entry(s, lambda entry: without(entry, "step")),
+        "SOAA: `state_dict['state'][1]` must be one with `m`, `step`, `v`, got ['m', 'v']",
+    ),
+    (
+        lambda s: {**s, "param_groups": [{**s["param_groups"][0], "lr_unit": -1.0}, s["param_groups"][1]]},
+        "SOAA: `state_dict['param_groups'][0]['lr_unit']` must be >= 0, got -1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "text"), LOADED)
+def test_state_dict_that_does_not_fit_is_refused_before_anything_changes(spoil, text):
+    problem = Problem("ratio")
+    problem.optimizer = SOAA([{"params": problem.params[:2]}, {"params": problem.params[2:]}])
+    state = spoil(problem.run(3).optimizer.state_dict())
+    problem.run(2)
+    before, report = problem.facts(), problem.optimizer.last_step
+    with pytest.raises(ValueError, match=exactly(text)):
+        problem.optimizer.load_state_dict(state)
+    assert_same(before, problem.facts())
+    assert problem.optimizer.last_step == report
+    problem.run(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+@pytest.mark.parametrize("rule", RULES)
+def test_state_dict_of_an_optimizer_at_lr_zero_loads(rule, dtype):
+    x = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer, other = (SOAA([x], lr=0.0, radius=RULES[rule]) for _ in range(2))
+    for _ in range(2):
+        x.grad = torch.ones_like(x)
+        optimizer.step(lambda: 1.0, loss_closure=lambda: 1.0)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.radius == optimizer.radius
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -1,0 +1,79 @@
+"""State dicts: what is refused before anything changes, and what loading has to put right."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa._checks import check_nonnegative, refuse
+from lightning_soaa._state import LR_UNIT, RADIUS, RULE_NAME, STEP, as_real, state_dtype
+from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.radius import AbstractRadius
+
+
+def check_loadable(
+    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rule: AbstractRadius, fisher: DiagonalFisher
+) -> None:
+    """Refuse a state dict that is not SOAA's, is of another radius rule, or does not fit the parameters of `groups`.
+
+    How many groups and parameters there are is left to torch to check.
+
+    Raises:
+        ValueError: as said; nothing has been changed.
+    """
+    if not {"state", "param_groups"} <= incoming.keys():
+        refuse("SOAA", "state_dict", "one with `state` and `param_groups`", sorted(incoming))
+    saved = incoming["param_groups"]
+    head: Mapping[str, Any] = saved[0] if saved else {}
+    if RADIUS not in head:
+        refuse("SOAA", "state_dict", f"SOAA's own, with `{RADIUS}` in its first group", sorted(head))
+    for index, group in enumerate(saved):
+        if not {"lr", "params"} <= group.keys():
+            refuse("SOAA", f"state_dict['param_groups'][{index}]", "a group with `lr` and `params`", sorted(group))
+    name = head.get(RULE_NAME, type(rule).__name__)
+    if name != type(rule).__name__:
+        refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
+    for name in (RADIUS, LR_UNIT):
+        check_nonnegative("SOAA", f"state_dict['param_groups'][0]['{name}']", head.get(name, 0.0))
+    for index, param in _pairs(saved, groups):
+        _check_entry(index, incoming["state"].get(index), param, fisher)
+
+
+def restore_precision(
+    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Copy floating state from the `incoming` state dict again in the state's own dtype.
+
+    ``Optimizer.load_state_dict`` casts it to the dtype of the parameter, which rounds float32 moments of a bfloat16
+    parameter (`state` is modified in place).
+    """
+    for index, param in _pairs(incoming["param_groups"], groups):
+        for key, value in incoming["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                state[param][key] = value.to(device=param.device, dtype=state_dtype(param.dtype), copy=True)
+
+
+def _pairs(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the name that a parameter goes by in a state dict, and the parameter; as many as there are of both."""
+    for theirs, mine in zip(saved, groups, strict=False):
+        yield from zip(theirs["params"], mine["params"], strict=False)
+
+
+def _check_entry(index: Any, entry: Mapping[str, Any] | None, param: Tensor, fisher: DiagonalFisher) -> None:
+    """Refuse the state of one parameter if it is not what a step of SOAA leaves there. No state at all is fine.
+
+    Raises:
+        ValueError: as said; the text names the parameter.
+    """
+    if not entry:
+        return
+    wanted = fisher.init(torch.empty(as_real(param).shape, device="meta"), state_dtype(param.dtype))
+    who = f"state_dict['state'][{index!r}]"
+    missing = sorted({STEP, *wanted} - entry.keys())
+    if missing:
+        refuse("SOAA", who, f"one with {', '.join(f'`{key}`' for key in sorted({STEP, *wanted}))}", sorted(entry))
+    for key, like in wanted.items():
+        shape = tuple(getattr(entry[key], "shape", ()))
+        if shape != tuple(like.shape) or not isinstance(entry[key], Tensor):
+            refuse("SOAA", f"{who}[{key!r}]", f"a tensor of shape {tuple(like.shape)}", shape)

@@ -1,0 +1,46 @@
+"""Losses: what a closure may return, and what becomes of it."""
+
+from numbers import Complex, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa._dist import mean_over_ranks
+from lightning_soaa.fisher import wide_dtype
+
+# Rounding of a loss is forgiven up to this many units in its last place.
+LOSS_ULPS = 8
+
+
+def scalar_loss(who: str, value: Any) -> Tensor:
+    """Return what closure `who` returned as a detached 0-d real tensor of its own, which a reused buffer cannot change.
+
+    Raises:
+        TypeError: it is not a number or tensor of one element, or it is complex.
+    """
+    if not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0:
+        value = torch.as_tensor(value)  # a number of numpy's, in its own precision
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            kind = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {kind}")
+        if value.is_complex():
+            raise TypeError(f"SOAA: `{who}` must return a real loss, got a tensor of {value.dtype}")
+        return value.detach().reshape(()).clone()
+    if isinstance(value, Complex) and not isinstance(value, Real):
+        raise TypeError(f"SOAA: `{who}` must return a real loss, got {value!r}")
+    if not isinstance(value, Real):
+        raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {value!r}")
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def minimised(loss: Tensor, home: torch.device, *, maximize: bool) -> Tensor:
+    """Return a loss as it is minimised: mean over ranks, negated to maximise, 0-d in the wide dtype on `home`."""
+    loss = loss.to(home, wide_dtype(home))
+    return mean_over_ranks(-loss if maximize else loss)
+
+
+def rounding(loss: Tensor) -> float:
+    """Return the rounding error of a loss of this dtype, relative to its size."""
+    return LOSS_ULPS * torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0

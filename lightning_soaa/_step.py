@@ -1,0 +1,93 @@
+"""One step on given gradients: what a check and a step without one do to parameters and state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa import _state as keys
+from lightning_soaa._loss import minimised, rounding, scalar_loss
+from lightning_soaa._proposal import Entry, Proposal, absorb, aim, ensure_state, gather, step_sizes
+from lightning_soaa._state import Snapshot
+from lightning_soaa._trust_region import follow, search
+from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
+
+LossClosure = Callable[[], Any]
+Outcome = tuple[Proposal, Numbers, dict[str, Any]]  # the step, the rule's new numbers, what is known for the report
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Takes one step; parameters and state are modified in place, groups are only read.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        state: its state by parameter.
+        defaults: its defaults.
+        rule: its radius rule.
+        fisher: its Fisher estimate.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    defaults: dict[str, Any]
+    rule: AbstractRadius
+    fisher: DiagonalFisher
+
+    def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
+        """Update the moments where everything is finite and return what can be proposed."""
+        ensure_state(entries, self.state, self.fisher)
+        base = None if base is None else self._minimised(base, entries[0][1].device)
+        return absorb(gather(entries, self.groups, self.state), base, self.fisher)
+
+    def _minimised(self, loss: Tensor, home: torch.device) -> Tensor:
+        """Return a loss as it is minimised, mean over ranks."""
+        return minimised(loss, home, maximize=self.groups[0]["maximize"])
+
+    def _aim(self, proposal: Proposal, radius: float) -> None:
+        """Set the proposal's directions at `radius`."""
+        sizes = step_sizes(self.groups, radius, keys.lr_unit(self.groups), folds_lr=self.rule.folds_lr)
+        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious)
+
+    def plain(self, entries: list[Entry], base: Tensor | None) -> Outcome:
+        """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
+        proposal = self._absorb(entries, base)
+        numbers, known = follow(
+            proposal,
+            self.rule,
+            keys.numbers_of(self.groups[0]),
+            aim=self._aim,
+            fisher=self.fisher,
+            evidence=Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"]),
+        )
+        if known.get("skipped", False):
+            for _, param in entries:
+                self.state[param][keys.STEP] -= 1
+        return proposal, numbers, known
+
+    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, unread: Tensor | None) -> Outcome:
+        """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
+        snapshot, head = Snapshot([param for _, param in entries], self.state), self.groups[0]
+        try:
+            proposal = self._absorb(entries, base)
+            numbers, known = search(
+                proposal,
+                snapshot,
+                self.rule,
+                keys.numbers_of(head),
+                aim=self._aim,
+                trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
+                evidence=Evidence(base=0.0, predicted=0.0, schedule=keys.schedule(self.groups)),
+                rounding=rounding(base),
+                gap=head[keys.REPEAT_GAP],
+                unread=unread,
+            )
+        except BaseException:
+            snapshot.restore()
+            raise
+        if known["skipped"]:
+            snapshot.restore()
+        return proposal, numbers, known
