@@ -7,7 +7,8 @@ import torch
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius
 from lightning_soaa.fisher import Bucket, box_direction, box_direction_foreach
-from lightning_soaa.radius import Evidence, RatioRadius, falls_short
+from lightning_soaa.radius import Evidence
+from lightning_soaa.ratio import RatioRadius, falls_short
 
 
 def small_problem(scale=1e-3):
@@ -121,60 +122,314 @@ def test_a_step_falls_short_when_curvature_eats_more_than_its_share(base, trial,
     assert falls_short(Evidence(base=base, trial=trial, predicted=predicted, noise=noise), wanted) is expected
 
 
-NAN = math.nan
+# Parameters of root mean square 1, unless a row says otherwise: the floor is 2e-4, the prior 0.2, the ceiling 2. Each
+# check promises 1; `eaten` and `slope` are the means so far, `actual` and `fresh` what this check saw.
+LOW, FIRST, PRIOR, HIGH = 2e-4, 2e-3, 0.2, 2.0
+NAN, BF16 = math.nan, 2.0**-7
+STAYS = {"accepted": True, "retry": False}
+GROWS, CREEPS, RETRY = {"factor": 1.25, **STAYS}, {"factor": 1.1, **STAYS}, {"accepted": False, "retry": True}
+
+DECISIONS = {
+    # The first step
+    "a first step that comes true is taken": ({"radius": 1e-3}, {}, {**GROWS, "phase": 1}),
+    "half of it is enough": ({"radius": 1e-3}, {"actual": 0.5}, {**CREEPS, "phase": 1}),
+    "less is not": ({"radius": 1e-3}, {"actual": 0.49}, {**RETRY, "factor": 0.25, "phase": 2}),
+    "not finite is not": ({"radius": 1e-3}, {"actual": NAN}, {**RETRY, "factor": 0.25, "phase": 2}),
+    "enough trials for one step": (
+        {"radius": 1e-3},
+        {"actual": 0.4, "attempt": 4},
+        {"accepted": False, "retry": False, "factor": 0.25, "phase": 2},
+    ),
+    "a first radius above 1/100 of the prior is not tried": (
+        {"radius": 0.01},
+        {"actual": 1.0},
+        {**RETRY, "radius": FIRST, "phase": 2},
+    ),
+    "nor is it after the last trial": (
+        {"radius": 0.01},
+        {"attempt": 4},
+        {"accepted": False, "retry": False, "radius": FIRST, "phase": 2},
+    ),
+    "one at 1/100 is": ({"radius": FIRST}, {}, {**GROWS, "phase": 1}),
+    "it does not shrink below the floor": ({"radius": 6e-4}, {"actual": 0}, {**RETRY, "radius": LOW, "phase": 2}),
+    "where it is taken if it is finite": ({"radius": LOW}, {"actual": -9.0}, {**GROWS, "phase": 1}),
+    "and not tried again if it is not": (
+        {"radius": LOW},
+        {"actual": NAN},
+        {"accepted": False, "retry": False, "radius": LOW, "phase": 2},
+    ),
+    "one below the floor is taken, and lifted": ({"radius": 1e-8}, {"actual": -9.0}, {"radius": LOW, "phase": 1}),
+    "parameters at zero have no scale": ({"radius": 0.01}, {"rms": 0.0}, {**GROWS, "phase": 1}),
+    "and no floor": ({"radius": 1e-8}, {"rms": 0.0, "actual": 0.4}, {**RETRY, "factor": 0.25, "phase": 2}),
+    # Burn-in
+    "growth goes on below the prior": ({"phase": 1, "radius": 0.01}, {}, GROWS),
+    "slowly where curvature eats a fifth and more": (
+        {"phase": 1, "radius": 0.01, "eaten": 0.3},
+        {"actual": 0.7},
+        CREEPS,
+    ),
+    "what is eaten is a mean of half the last one": (
+        {"phase": 1, "radius": 0.01, "eaten": 0.34},
+        {"actual": 0.9},
+        {**STAYS, "factor": 1.1, "mean": 0.22},
+    ),
+    "the floor does not count as evidence of a long step": (
+        {"phase": 1, "radius": LOW, "eaten": 0.0},
+        {"actual": -9.0, "fresh": 1.0},
+        {**GROWS, "mean": 0.0, "phase": 1},
+    ),
+    "arrival at the prior, where curvature eats enough": (
+        {"phase": 1, "radius": 0.21, "eaten": 0.4},
+        {"actual": 0.6},
+        {**STAYS, "factor": 1.0, "phase": 0, "scale": 1.0},
+    ),
+    "one on the way there goes on": ({"phase": 1, "radius": 0.19, "eaten": 0.4}, {"actual": 0.6}, CREEPS),
+    "arrived, but curvature eats little": ({"phase": 1, "radius": 0.21}, {}, {**GROWS, "phase": 1, "scale": 0.0}),
+    "arrived, and nothing is known": (
+        {"phase": 1, "radius": 0.21},
+        {"noise": 1.0},
+        {**STAYS, "factor": 1.0, "phase": 0, "scale": 1.0},
+    ),
+    "not arrived, and nothing is known": ({"phase": 1, "radius": 0.1}, {"noise": 1.0}, GROWS),
+    "curvature eats too much and no slope is left": (
+        {"phase": 1, "radius": 0.04, "eaten": 0.6},
+        {"actual": 0.4},
+        {**STAYS, "factor": 0.4, "phase": 0, "scale": 1.0},
+    ),
+    "curvature eats too much, but a slope is left": (
+        {"phase": 1, "radius": 0.04, "eaten": 0.6, "slope": -0.3},
+        {"actual": 0.4, "fresh": -0.3},
+        {**CREEPS, "phase": 1},
+    ),
+    "the slope counts as much as curvature": (
+        {"phase": 1, "radius": 0.04, "eaten": 0.6, "slope": -0.1},
+        {"actual": 0.4, "fresh": -0.1},
+        {**STAYS, "factor": 0.4, "phase": 0},
+    ),
+    "a loss that rises by less than it was to fall stays": (
+        {"phase": 1, "radius": 0.04},
+        {"actual": -0.9},
+        {**STAYS, "factor": 0.4, "phase": 0},
+    ),
+    "one that rises by more is undone and ends it": (
+        {"phase": 1, "radius": 0.04},
+        {"actual": -1.1},
+        {**RETRY, "factor": 0.5, "phase": 0, "scale": 1.0},
+    ),
+    "not finite is undone and ends it": (
+        {"phase": 1, "radius": 0.04},
+        {"actual": NAN, "rms": 0.5},
+        {**RETRY, "factor": 0.5, "phase": 0, "scale": 0.5},
+    ),
+    "burn-in is held at the ceiling": (
+        {"phase": 1, "radius": HIGH},
+        {},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 1},
+    ),
+    "for 20 checks": (
+        {"phase": 1, "radius": HIGH, "steady": 19},
+        {},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 20},
+    ),
+    "and no longer": (
+        {"phase": 1, "radius": HIGH, "steady": 20},
+        {},
+        {**STAYS, "factor": 1.0, "phase": 0, "steady": 0, "scale": 1.0},
+    ),
+    "below it that count starts anew": ({"phase": 1, "radius": 1.0, "steady": 20}, {}, {**GROWS, "steady": 0}),
+    "late in the schedule the prior is the ceiling": (
+        {"phase": 1, "radius": PRIOR},
+        {"schedule": 0.04},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 1},
+    ),
+    "below it a late burn-in grows": ({"phase": 1, "radius": 0.1}, {"schedule": 0.04}, GROWS),
+    "early in a warm-up an eaten share of the schedule's is the target": (
+        {"phase": 1, "radius": 0.25, "eaten": 0.05},
+        {"actual": 0.95, "schedule": 0.1},
+        {**STAYS, "factor": 1.0, "phase": 0},
+    ),
+    # After burn-in
+    "drift up to the prior": ({"phase": 0, "radius": 0.04, "eaten": 0.4}, {"actual": 0.6}, {**CREEPS, "steady": 1}),
+    "not beyond it": ({"phase": 0, "radius": 0.19, "eaten": 0.4}, {"actual": 0.6}, {"radius": PRIOR}),
+    "drift down to the prior": ({"phase": 0, "radius": 0.4, "eaten": 0.4}, {"actual": 0.6}, {"factor": 0.975}),
+    "not below it": ({"phase": 0, "radius": 0.201, "eaten": 0.4}, {"actual": 0.6}, {"radius": PRIOR}),
+    "steady checks are counted": (
+        {"phase": 0, "radius": PRIOR, "eaten": 0.4, "steady": 30},
+        {"actual": 0.6},
+        {"radius": PRIOR, "steady": 31},
+    ),
+    "growth": ({"phase": 0, "radius": 0.04, "steady": 7}, {}, {"factor": 1.2, "steady": 0}),
+    "growth beyond the prior": ({"phase": 0, "radius": 0.4}, {}, {"factor": 1.2}),
+    "growth up to the ceiling": ({"phase": 0, "radius": 1.9, "steady": 7}, {}, {"radius": HIGH, "steady": 0}),
+    "what is above it stays there": ({"phase": 0, "radius": 2.1}, {}, {"radius": 2.1}),
+    "one check is a fifth of the mean": (
+        {"phase": 0, "radius": 0.4, "eaten": 0.3},
+        {"actual": 0.4},
+        {"factor": 1.2, "mean": 0.36},
+    ),
+    "no growth against the schedule": (
+        {"phase": 0, "radius": 0.4, "eaten": 0.1},
+        {"actual": 0.9, "schedule": 0.2},
+        {"factor": 0.975, "steady": 1},
+    ),
+    "growth where curvature eats less than the schedule leaves": (
+        {"phase": 0, "radius": 0.4, "eaten": 0.07},
+        {"actual": 0.93, "schedule": 0.2},
+        {"factor": 1.2},
+    ),
+    "a schedule above 1 asks for no more": (
+        {"phase": 0, "radius": 0.4, "eaten": 0.45, "slope": -0.2},
+        {"actual": 0.55, "fresh": -0.2, "schedule": 3.0},
+        {"factor": 0.975},
+    ),
+    "no growth late in the schedule": ({"phase": 0, "radius": 0.04}, {"schedule": 0.05}, {"factor": 1.1, "steady": 1}),
+    "where it ends it grows": ({"phase": 0, "radius": 0.04}, {"schedule": 0.051}, {"factor": 1.2, "steady": 0}),
+    "late in the schedule a long step is one all the same": (
+        {"phase": 0, "radius": 0.4, "eaten": 0.6},
+        {"actual": 0.4, "schedule": 0.01},
+        {"factor": 0.7},
+    ),
+    "shrinking": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "steady": 9},
+        {"actual": 0.4},
+        {"factor": 0.7, "steady": 0},
+    ),
+    "a slope that is left keeps it from shrinking": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "slope": -0.3, "steady": 9},
+        {"actual": 0.4, "fresh": -0.3},
+        {"factor": 1.1, "steady": 10},
+    ),
+    "one new slope is a fifth of the mean": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "slope": -0.1},
+        {"actual": 0.4, "fresh": -0.7},
+        {"factor": 1.1, "slope_mean": -0.22},
+    ),
+    "a slope is worth no more than twice that of the start": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "slope": 0.3},
+        {"actual": 0.4, "fresh": -50.0},
+        {"factor": 0.7, "slope_mean": -0.16},
+    ),
+    "without a new slope the mean stays": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "slope": -0.3},
+        {"actual": 0.4},
+        {"factor": 1.1, "slope_mean": -0.3},
+    ),
+    "shrinking ends at the floor": ({"phase": 0, "radius": 2.5e-4, "eaten": 0.6}, {"actual": 0.4}, {"radius": LOW}),
+    "a loss that rises by more than it was to fall is undone": (
+        {"phase": 0, "radius": 0.04, "steady": 9},
+        {"actual": -1.1},
+        {**RETRY, "factor": 0.5, "steady": 0, "mean": 0.0},
+    ),
+    "rounding is forgiven": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.4},
+        {"actual": -1.1, "noise": 0.2},
+        {"accepted": True},
+    ),
+    "not finite is undone": ({"phase": 0, "radius": 0.04}, {"actual": NAN}, {**RETRY, "factor": 0.5}),
+    "minus infinity is not finite": ({"phase": 0, "radius": 0.04}, {"actual": math.inf}, {**RETRY, "factor": 0.5}),
+    "after the last trial it is given up": (
+        {"phase": 0, "radius": 0.04},
+        {"actual": NAN, "attempt": 4},
+        {"accepted": False, "retry": False, "factor": 0.5},
+    ),
+    "what is undone goes no lower than the floor": (
+        {"phase": 0, "radius": 3e-4},
+        {"actual": -2.0},
+        {**RETRY, "radius": LOW},
+    ),
+    "at the floor every finite loss is taken": (
+        {"phase": 0, "radius": LOW, "eaten": 0.4},
+        {"actual": -9.0},
+        {**STAYS, "radius": LOW, "mean": 0.72},
+    ),
+    "and no other": ({"phase": 0, "radius": LOW}, {"actual": NAN}, {"accepted": False, "retry": False, "radius": LOW}),
+    "and the radius leaves it for the prior": (
+        {"phase": 0, "radius": LOW, "eaten": 0.4},
+        {"actual": 0.6},
+        {"factor": 1.1},
+    ),
+    "where nothing is known it drifts": ({"phase": 0, "radius": 0.04}, {"noise": 1.0}, {"factor": 1.1, "mean": 0.0}),
+    "the floor is not below the parameters' resolution": (
+        {"phase": 0, "radius": 1e-4, "eaten": 0.4},
+        {"actual": -9.0, "resolution": BF16, "rms": 2.0},
+        {**STAYS, "radius": 2 * BF16},
+    ),
+    "the prior follows parameters that shrink": (
+        {"phase": 0, "radius": 0.101, "eaten": 0.4, "scale": 1.0},
+        {"actual": 0.6, "rms": 0.5},
+        {"radius": 0.1},
+    ),
+    "and not those that grow": (
+        {"phase": 0, "radius": 0.201, "eaten": 0.4, "scale": 1.0},
+        {"actual": 0.6, "rms": 50.0},
+        {"radius": PRIOR, "scale": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_ratio_radius_decides(name):
+    before, check, after = DECISIONS[name]
+    phase = before.get("phase", 2)
+    weight, eaten, slope = 0.0 if phase == 2 else 1.0, before.get("eaten", 0.0), before.get("slope", 0.0)
+    numbers = {
+        **{"radius": before["radius"], "phase": phase, "steady": before.get("steady", 0)},
+        **{"eaten": eaten, "eaten_weight": weight, "fresh": slope, "fresh_weight": weight},
+        "scale": before.get("scale", 0.0 if phase else 1.0),
+    }
+    check = {"actual": 1.0, "rms": 1.0, **check}
+    actual, rms = check.pop("actual"), check.pop("rms")
+    evidence = Evidence(base=0.0, trial=-actual, predicted=1.0, parameter_rms=rms, **check)
+    given = dict(numbers)
+    decision = RatioRadius().update(numbers, evidence)
+    assert numbers == given
+    new = decision.numbers
+    seen = {"accepted": decision.accepted, "retry": decision.retry, "factor": new["radius"] / before["radius"]}
+    seen |= {"mean": new["eaten"], "slope_mean": new["fresh"], **new}
+    expected = {"scale": numbers["scale"], **STAYS, **after} if phase == 0 else after
+    for what, value in expected.items():
+        assert seen[what] == pytest.approx(value, rel=1e-12, abs=1e-15), what
+    assert new.keys() == numbers.keys() | {"radius_low", "radius_high"}
+
+
+def test_ratio_radius_holds_the_eaten_share_of_two_checks_before_it_calls_a_step_long():
+    """The first check has half of the weight, so that no single batch ends burn-in."""
+    rule = RatioRadius()
+    numbers = {**rule.init(1.0), "radius": 1e-3}
+    for expected, phase in ((1.1e-3, 1), (0.4 * 1.1e-3, 0)):
+        numbers = rule.update(numbers, Evidence(base=0.0, trial=-0.55, predicted=1.0, parameter_rms=1.0)).numbers
+        assert numbers["radius"] == pytest.approx(expected, rel=1e-12)
+        assert numbers["phase"] == phase
 
 
 @pytest.mark.parametrize(
-    ("radius", "phase", "mean", "actual", "rms", "schedule", "new_radius", "new_phase", "accepted", "attempt", "retry"),
+    ("numbers", "expected"),
     [
-        (1e-5, 2, 0.0, 1.0, 1.0, 1.0, 1.25e-5, 1, True, 1, False),  # first step: grow
-        (1e-5, 2, 0.0, 0.4, 1.0, 1.0, 0.25e-5, 2, False, 1, True),  # the start was too large: shrink before moving
-        (1e-5, 2, 0.0, 0.4, 1.0, 1.0, 0.25e-5, 2, False, 4, False),  # enough trials for one step
-        (1e-2, 1, 0.4, 0.6, 1.0, 1.0, 1.25e-2, 1, True, 1, False),  # burn-in goes on below the prior
-        (0.21, 1, 0.4, 0.6, 1.0, 1.0, 0.21, 0, True, 1, False),  # arrived at the prior
-        (0.21, 1, 0.1, 0.9, 1.0, 1.0, 0.2625, 1, True, 1, False),  # arrived, but curvature eats little yet
-        (0.04, 1, 0.6, 0.4, 1.0, 1.0, 0.016, 0, True, 1, False),  # curvature eats more than half: back off
-        (0.04, 1, 0.0, -1.1, 1.0, 1.0, 0.02, 0, False, 1, True),  # the loss rose by more than it was to fall: undo
-        (0.04, 0, 0.4, 0.6, 1.0, 1.0, 0.044, 0, True, 1, False),  # drift up to the prior
-        (0.19, 0, 0.4, 0.6, 1.0, 1.0, 0.2, 0, True, 1, False),  # not beyond it
-        (0.40, 0, 0.4, 0.6, 1.0, 1.0, 0.39, 0, True, 1, False),  # drift down to the prior
-        (0.04, 0, 0.1, 0.9, 1.0, 1.0, 0.048, 0, True, 1, False),  # grow
-        (0.40, 0, 0.1, 0.9, 1.0, 1.0, 0.48, 0, True, 1, False),  # also beyond the prior
-        (0.40, 0, 0.1, 0.9, 1.0, 0.2, 0.39, 0, True, 1, False),  # but not against the schedule
-        (0.04, 0, 0.6, 0.4, 1.0, 1.0, 0.034, 0, True, 1, False),  # shrink
-        (0.04, 1, 0.0, -0.1, 1.0, 1.0, 0.016, 0, True, 1, False),  # it rose by less: back off, but keep the step
-        (0.04, 0, 0.6, NAN, 1.0, 1.0, 0.02, 0, False, 1, True),  # not finite: undo and halve
-        (
-            1e-5,
-            2,
-            0.0,
-            0.9,
-            0.0,
-            1.0,
-            1.25e-5,
-            1,
-            True,
-            1,
-            False,
-        ),  # parameters at zero have no scale: grow all the same
+        ({"phase": 2, "steady": 0}, 1),
+        ({"phase": 1, "steady": 20}, 1),
+        ({"phase": 0, "steady": 0}, 5),
+        ({"phase": 0, "steady": 3}, 5),
+        ({"phase": 0, "steady": 4}, 10),
+        ({"phase": 0, "steady": 8}, 15),
+        ({"phase": 0, "steady": 11}, 15),
+        ({"phase": 0, "steady": 12}, 20),
+        ({"phase": 0, "steady": 10**6}, 20),
     ],
 )
-def test_ratio_radius_decides(
-    radius, phase, mean, actual, rms, schedule, new_radius, new_phase, accepted, attempt, retry
-):
-    numbers = {"radius": radius, "phase": phase, "eaten": mean, "weight": 0.0 if phase == 2 else 1.0}
-    evidence = Evidence(base=0.0, trial=-actual, predicted=1.0, attempt=attempt, parameter_rms=rms, schedule=schedule)
-    decision = RatioRadius().update(numbers, evidence)
-    assert decision.numbers["radius"] == pytest.approx(new_radius, rel=1e-12)
-    assert decision.numbers["phase"] == new_phase
-    assert (decision.accepted, decision.retry) == (accepted, retry)
+def test_ratio_radius_checks_every_step_of_burn_in_and_then_the_less_often_the_steadier(numbers, expected):
+    due = [RatioRadius(interval=5).check_due(numbers, unchecked) for unchecked in range(30)]
+    assert due == [unchecked + 1 >= expected for unchecked in range(30)]
 
 
-def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing():
-    numbers = {"radius": 0.1, "phase": 0, "eaten": 0.3, "weight": 1.0}
-    decision = RatioRadius().update(numbers, Evidence(base=1.0, trial=1.0, predicted=0.0, parameter_rms=1.0))
-    assert decision.numbers == numbers
-    assert decision.accepted
+@pytest.mark.parametrize("phase", [2, 1, 0])
+def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing(phase):
+    numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3}
+    numbers |= {"eaten": 0.3, "eaten_weight": 1.0, "fresh": 0.1, "fresh_weight": 1.0}
+    for trial in (1.0, 9.0, math.nan):
+        evidence = Evidence(base=1.0, trial=trial, predicted=0.0, parameter_rms=1.0, fresh=1.0)
+        decision = RatioRadius().update(numbers, evidence)
+        assert decision.numbers == {**numbers, "radius_low": LOW, "radius_high": HIGH}
+        assert decision.accepted
 
 
 def test_cautious_step_descends_on_every_coordinate():
