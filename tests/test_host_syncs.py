@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_soaa._proposal
 import lightning_soaa._trust_region
+import lightning_soaa._unread
 import lightning_soaa.optimizer
 from lightning_soaa import SOAA, FixedRadius, RatioRadius
 
@@ -38,7 +39,9 @@ def packed(monkeypatch):
         calls.append(len(values))
         return inner(values, device)
 
-    for module in (lightning_soaa._proposal, lightning_soaa._trust_region, lightning_soaa.optimizer):
+    for module in (
+        *(lightning_soaa._proposal, lightning_soaa._trust_region, lightning_soaa._unread, lightning_soaa.optimizer),
+    ):
         monkeypatch.setattr(module, "read", read)
     return calls
 
@@ -98,18 +101,24 @@ def test_ratio_radius_reads_once_a_trial_and_not_at_all_between_checks(packed):
 
 
 def test_check_of_several_trials_reads_once_for_each(packed):
-    problem = Problem("ratio", lr=1e7)
+    problem = Problem("ratio").run(20)
+    problem.loss_closure = lambda: problem.loss() + 1e3
     assert step_counting(problem, packed) == (0, 4)
     assert packed == [packed[0]] * 4
+    assert problem.optimizer.last_step.trials == 4
 
 
+@pytest.mark.parametrize("rule", ["fixed", "ratio"])
 @pytest.mark.parametrize("how", ["state_dict", "copy"])
-def test_what_settles_the_count_of_skipped_steps_reads_it_once(packed, how):
-    problem = Problem("fixed").run(3)
+def test_what_settles_the_counts_of_steps_that_were_not_read_reads_them_once(packed, how, rule):
+    problem = Problem(rule, weight_decay=0.1).run(3)
+    problem.optimizer.param_groups[0].update({"rule_phase": 0} if rule == "ratio" else {})
+    problem.run(2)
+    packed.clear()
     with CountReads() as counter:
         for _ in range(2):
             problem.optimizer.state_dict() if how == "state_dict" else problem.optimizer.__getstate__()
-    assert counter.scalars == 1
+    assert (counter.scalars, len(packed)) == (0, 1)
 
 
 @pytest.mark.parametrize("foreach", [True, False])

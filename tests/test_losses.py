@@ -171,8 +171,12 @@ def test_gap_of_a_loss_closure_that_computes_another_loss_is_reported_saved_and_
     assert other.calls["loss"] == 1
 
 
+# A first radius above the floor, at which every finite loss is taken, and below 1/100 of the prior.
+BETWEEN = {"lr": 0.05}
+
+
 def test_loss_that_rises_by_more_than_the_gap_is_not_forgiven():
-    problem = Problem(RatioRadius(max_trials=1))
+    problem = Problem(RatioRadius(max_trials=1), **BETWEEN)
     losses = iter([0.25, 0.6])
     problem.optimizer.step(problem.closure, loss_closure=lambda: problem.loss() + next(losses))
     assert not problem.optimizer.last_step.accepted
@@ -180,9 +184,11 @@ def test_loss_that_rises_by_more_than_the_gap_is_not_forgiven():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_repetition_that_is_not_finite_is_an_infinite_gap_and_forgives_nothing(value):
-    problem = Problem(RatioRadius(max_trials=1))
+    problem = Problem(RatioRadius(max_trials=1), **BETWEEN)
     losses = iter([value, 1e3, 1e3])
     for _ in range(2):
+        head = problem.optimizer.param_groups[0]
+        assert head["radius"] > head.get("radius_low", 0.0)
         problem.optimizer.step(problem.closure, loss_closure=lambda: next(losses))
         assert problem.optimizer.last_step.repeat_gap == math.inf
         assert not problem.optimizer.last_step.accepted
