@@ -64,7 +64,7 @@ def counting(*args, **kwargs):
         (ACCEPT, 1, 8, 8),  # one trial a step
         (REJECT, 1, 8, 8),
         (ACCEPT, 3, 8, 8),  # 3 steps, which replay 3 + 3 + 2 micro-batches
-        (RatioRadius(relative=1e6, interval=1), 1, 8, 8),
+        (RatioRadius(relative=1.0, interval=1), 1, 8, 8),
     ],
 )
 def test_closure_called_once_per_step_and_loss_closure_once_per_check_and_repeated_in_the_first(
