@@ -7,7 +7,7 @@ from lightning_soaa.monitor import TrustRegionMonitor as TrustRegionMonitor
 from lightning_soaa.optimizer import SOAA as SOAA
 from lightning_soaa.radius import FixedRadius as FixedRadius
 from lightning_soaa.radius import PublishedRadius as PublishedRadius
-from lightning_soaa.radius import RatioRadius as RatioRadius
+from lightning_soaa.ratio import RatioRadius as RatioRadius
 from lightning_soaa.report import StepReport as StepReport
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """Losses: what a closure may return, and what becomes of it."""
 
+from collections.abc import Sequence
 from numbers import Complex, Real
 from typing import Any
 
@@ -41,6 +42,15 @@ def minimised(loss: Tensor, home: torch.device, *, maximize: bool) -> Tensor:
     return mean_over_ranks(-loss if maximize else loss)
 
 
-def rounding(loss: Tensor) -> float:
-    """Return the rounding error of a loss of this dtype, relative to its size."""
-    return LOSS_ULPS * torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
+def resolution(params: Sequence[Tensor]) -> float:
+    """Return the machine epsilon of the coarsest parameters."""
+    return max(torch.finfo(param.dtype).eps for param in params)
+
+
+def rounding(loss: Tensor, params: Sequence[Tensor]) -> float:
+    """Return the rounding error of a loss, relative to its size.
+
+    A number may come from ``loss.item()``: it is taken for as coarse as the parameters, float32 at the coarsest.
+    """
+    coarse = min(resolution(params), torch.finfo(torch.float32).eps)
+    return LOSS_ULPS * max(coarse, torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0)

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._checks import refuse
-from lightning_soaa._state import STEP, as_real, state_dtype
+from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
 from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, square_sum, wide_dtype
+from lightning_soaa.gate import pass_gate
+
+# Its square must not overflow in float32. Gradients below one over it are no longer scaled up to 1.
+LARGEST_GAIN = 1e15
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
 
@@ -39,8 +43,13 @@ class Proposal:
     Args:
         buckets: the parameters that have a gradient.
         base: loss where the step starts, mean over ranks, 0-d, or None.
-        ok: 0-d bool: loss and gradients are finite. Where it is false the step moves nothing.
+        ok: 0-d bool: loss and gradients are finite and no outlier. Where it is false the step moves nothing.
+        outlier: 0-d bool: the gate leaves the gradient out.
+        gate: what the outlier gate knows once it has seen the gradient, or None without a gate.
         scale: c of step 3, 0-d.
+        gain: one over the root mean square of the gradients, by the second moments, 0-d.
+        fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
+            not `ok`; None if it was not asked for.
         sizes: one for each parameter group.
         directions: u of step 5, one list a bucket; dropped when the step is over.
         square: squared norm of the step, weight decay apart, 0-d.
@@ -49,7 +58,11 @@ class Proposal:
     buckets: list[Bucket]
     base: Tensor | None
     ok: Tensor
+    outlier: Tensor
+    gate: Tensor | None
     scale: Tensor
+    gain: Tensor
+    fresh: Tensor | None = None
     sizes: Sequence[StepSize] = ()
     directions: list[list[Tensor]] = field(default_factory=list)
     square: Tensor | None = None
@@ -140,6 +153,7 @@ def gather(
             beta1, beta2 = group["betas"]
             foreach = group["foreach"] is not False
             buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
+            buckets[key].last_bound = float(group[GROUP_RADIUS])
         bucket = buckets[key]
         grad = as_real(param.grad.resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
         bucket.params.append(as_real(param))
@@ -150,40 +164,68 @@ def gather(
     return list(buckets.values())
 
 
-def absorb(buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher) -> Proposal:
-    """Let the Fisher absorb all gradients, unless one of them or the loss is not finite (steps 1 and 3)."""
-    ok = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets).isfinite()
-    if base is not None:
-        ok = ok & base.isfinite()
+def absorb(
+    buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher, *, gate: Tensor | None, slope: float
+) -> Proposal:
+    """Let the Fisher absorb all gradients, unless one of them or the loss is not finite or far out (steps 1 and 3).
+
+    Args:
+        buckets: parameters, gradients and state, which is modified in place.
+        base: the loss, or None.
+        fisher: absorbs.
+        gate: what the outlier gate knows, None for no gate.
+        slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
+    """
+    square = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets)
+    ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
+    outlier = torch.zeros_like(ok)
+    if gate is not None:
+        outlier, gate = pass_gate(gate, square, base, ok)
+        ok = ok & ~outlier
+    fresh = torch.where(ok, fresh_slope(buckets, fisher).to(ok.device) / slope, nan) if slope else None
     for bucket in buckets:
         fisher.update(bucket, ok.to(bucket.device))
-    return Proposal(buckets, base, ok, scale=scale_of(buckets, fisher))
+    scale, gain = scales(buckets, fisher)
+    return Proposal(buckets, base, ok, outlier, gate, scale, gain, fresh)
 
 
-def scale_of(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
-    """Return c of step 3, 0-d."""
-    mean, spread = total(fisher.sums(bucket) for bucket in buckets)
-    scale: Tensor = 1 + mean / spread
-    return scale
+def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+    """Return ``-(g . s)`` of gradients not yet absorbed and the last step s, 0-d.
+
+    The step is made anew from the moments, which have not moved since; as far as it was masked, that is not repeated.
+    """
+    old = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
+    if not old:
+        return torch.tensor(nan)
+    gain, parts = scales(old, fisher)[1], []
+    for bucket in old:
+        device = bucket.device
+        ok = torch.ones((), dtype=torch.bool, device=device)
+        parts.append(dots(bucket.grads, fisher.direction(bucket, None, ok, bucket.last_bound, gain.to(device))))
+    return total(parts)
 
 
-def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
+def scales(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> tuple[Tensor, Tensor]:
+    """Return c of step 3 and one over the root mean square of the gradients, by the second moments, both 0-d."""
+    mean, square, floor = total(fisher.sums(bucket) for bucket in buckets)
+    numel = max(1, sum(bucket.numel for bucket in buckets))
+    return 1 + mean / (square + floor), (square / numel).rsqrt().clamp_max(LARGEST_GAIN)
+
+
+def aim(
+    proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool, fisher_limits: bool
+) -> None:
     """Set the directions for the given sizes, one for each group (steps 4 and 5), and the norm of the step."""
-    proposal.sizes = sizes
-    proposal.directions = [
-        fisher.direction(
-            bucket,
-            proposal.scale.to(bucket.device),
-            proposal.ok.to(bucket.device),
-            sizes[bucket.group].radius,
-        )
-        for bucket in proposal.buckets
-    ]
-    squares = []
-    for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True):
+    proposal.sizes, proposal.directions, squares = sizes, [], []
+    for bucket in proposal.buckets:
+        size, device = sizes[bucket.group], bucket.device
+        scale = proposal.scale.to(device) if fisher_limits else None
+        gain = None if fisher_limits else proposal.gain.to(device)
+        directions = fisher.direction(bucket, scale, proposal.ok.to(device), size.radius, gain)
         if cautious:
             drop_disagreement(directions, bucket.grads)
-        squares.append(square_sum(directions, foreach=bucket.foreach) * sizes[bucket.group].lr ** 2)
+        squares.append(square_sum(directions, foreach=bucket.foreach) * size.lr**2)
+        proposal.directions.append(directions)
     proposal.square = total(squares)
 
 
@@ -236,7 +278,9 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
     return [float(value) for value in packed.tolist()]
 
 
-def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
+def describe(
+    proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool, fisher_limits: bool
+) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     buckets, scale = proposal.buckets, proposal.scale
@@ -246,13 +290,12 @@ def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
     if skipped:
-        scale = scale_of(buckets, fisher)
-    table = torch.stack(
-        [
-            fisher.statistics(bucket, scale.to(bucket.device), proposal.sizes[bucket.group].radius).to(proposal.home)
-            for bucket in buckets
-        ]
-    )
+        scale, _ = scales(buckets, fisher)
+    rows = []
+    for bucket in buckets:
+        limit = proposal.sizes[bucket.group].radius if fisher_limits else 0.0
+        rows.append(fisher.statistics(bucket, scale.to(bucket.device), limit).to(proposal.home))
+    table = torch.stack(rows)
     columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
     low, high, trace, active, square, base_loss = read([*columns, base], proposal.home)
     numel = sum(bucket.numel for bucket in buckets)

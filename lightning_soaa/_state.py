@@ -26,28 +26,38 @@ LR_UNIT = "lr_unit"  # largest initial lr of all groups at the first step
 STEPS = "steps"
 CHECKS = "checks"
 ACCEPTED_CHECKS = "accepted_checks"
-SKIPPED_STEPS = "skipped_steps"
+SKIPPED_STEPS = "skipped_steps"  # loss or gradient not finite
+OUTLIER_STEPS = "outlier_steps"  # left out by the gate
 TOTAL_TRIALS = "total_trials"
 UNCHECKED_STEPS = "unchecked_steps"
 LAST_PREDICTED = "predicted_reduction"
 LAST_ACTUAL = "actual_reduction"
 REPEAT_GAP = "repeat_gap"  # None before the first check
+CHECKED_SLOPE = "checked_slope"  # predicted reduction of the last step if the next gradient is held against it, else 0
+FRESH_SLOPE = "fresh_slope"  # what that gradient found, in units of it; None once a check has used it
+GATE = "gate"  # what the outlier gate knows
+# Numbers of the rule that are the radius itself or its bounds; they carry no RULE.
+RADII = (RADIUS, "radius_low", "radius_high")
 
 # What group 0 starts with.
-COUNTERS: Mapping[str, int | float | None] = {
+COUNTERS: Mapping[str, int | float | tuple[float, ...] | None] = {
     LR_UNIT: 0.0,
     STEPS: 0,
     CHECKS: 0,
     ACCEPTED_CHECKS: 0,
     SKIPPED_STEPS: 0,
+    OUTLIER_STEPS: 0,
     TOTAL_TRIALS: 0,
     UNCHECKED_STEPS: 0,
     LAST_PREDICTED: 0.0,
     LAST_ACTUAL: 0.0,
     REPEAT_GAP: None,
+    CHECKED_SLOPE: 0.0,
+    FRESH_SLOPE: None,
+    GATE: (),
 }
 # Counters that a report repeats.
-REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, TOTAL_TRIALS)
+REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, OUTLIER_STEPS, TOTAL_TRIALS)
 # Moments are float32 at least, and an eps that vanishes in them leaves 0/0 where a gradient is zero.
 SMALLEST_EPS = torch.finfo(torch.float32).smallest_normal
 
@@ -106,7 +116,7 @@ def host_lr(lr: float | Tensor) -> float | Tensor:
 
 def fresh_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group without the numbers that an optimizer keeps in it, as it may come from another SOAA."""
-    own = {BASE_LR, GROUP_RADIUS, RADIUS, RULE_NAME, *COUNTERS}
+    own = {BASE_LR, GROUP_RADIUS, RULE_NAME, *RADII, *COUNTERS}
     return {key: value for key, value in group.items() if key not in own and not key.startswith(RULE)}
 
 
@@ -124,25 +134,44 @@ def as_real(tensor: Tensor) -> Tensor:
 def numbers_of(head: Mapping[str, Any]) -> Numbers:
     """Return the radius rule's running numbers from group 0."""
     own = {name.removeprefix(RULE): value for name, value in head.items() if name.startswith(RULE)}
-    return {RADIUS: head[RADIUS], **own}
+    return {**{name: head[name] for name in RADII if name in head}, **own}
 
 
 def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:
     """Keep the radius rule's running numbers in group 0 (`head`, modified in place)."""
     for name, value in numbers.items():
-        head[name if name == RADIUS else RULE + name] = value
+        head[name if name in RADII else RULE + name] = value
+
+
+def remember(
+    groups: Sequence[dict[str, Any]], bounds: Sequence[float], known: Mapping[str, Any], rule: AbstractRadius
+) -> None:
+    """Keep what the next gradient needs of a step that was taken: its bounds, and its promise if it was checked.
+
+    (`groups` modified in place.)
+    """
+    for group, bound in zip(groups, bounds, strict=True):
+        group[GROUP_RADIUS] = bound
+    head = groups[0]
+    head[CHECKED_SLOPE] = 0.0
+    if known["checked"]:
+        head[FRESH_SLOPE] = None
+        if rule.fresh_slopes and known["accepted"]:
+            head[CHECKED_SLOPE] = max(0.0, known["reductions"][0])
 
 
 def count(head: dict[str, Any], known: dict[str, Any]) -> None:
     """Count a step in group 0 and complete what is known of it for its report (both modified in place).
 
-    `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` if it has been read, the ``reductions`` that the
-    decision rests on, if there was one, the skipped steps ``missed`` since the last read, and the ``repeat_gap`` of a
-    check.
+    `known` holds ``checked``, ``accepted``, ``trials``, ``skipped`` and ``outlier`` if they have been read, the
+    ``reductions`` that the decision rests on, if there was one, and the ``repeat_gap`` of a check. A step that is an
+    outlier is skipped, too; it is counted as an outlier alone.
     """
-    skipped = int(known.get("skipped", False)) + int(known.pop("missed", 0))
+    outlier = known.pop("outlier", False)
+    skipped = known.get("skipped", False) and not outlier
     accepted = int(known["checked"] and known["accepted"])
-    added = {STEPS: 1, TOTAL_TRIALS: known["trials"], SKIPPED_STEPS: skipped, CHECKS: int(known["checked"])}
+    added = {STEPS: 1, TOTAL_TRIALS: known["trials"], CHECKS: int(known["checked"])}
+    added |= {SKIPPED_STEPS: int(skipped), OUTLIER_STEPS: int(outlier)}
     for name, number in {**added, ACCEPTED_CHECKS: accepted}.items():
         head[name] += number
     head[UNCHECKED_STEPS] = 0 if known["checked"] else head[UNCHECKED_STEPS] + 1
@@ -173,7 +202,7 @@ def fill_missing(groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], 
     for name, value in {**COUNTERS, RULE_NAME: type(rule).__name__}.items():
         head.setdefault(name, value)
     for name, value in rule.init(max(initial_lr(group) for group in groups)).items():
-        head.setdefault(name if name == RADIUS else RULE + name, value)
+        head.setdefault(name if name in RADII else RULE + name, value)
 
 
 class Snapshot:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _state as keys
-from lightning_soaa._loss import minimised, rounding, scalar_loss
+from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
 from lightning_soaa._proposal import Entry, Proposal, absorb, aim, ensure_state, gather, step_sizes
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
+from lightning_soaa._unread import Unread
 from lightning_soaa.fisher import DiagonalFisher
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
 
@@ -29,6 +30,7 @@ class Stepper:
         defaults: its defaults.
         rule: its radius rule.
         fisher: its Fisher estimate.
+        unread: what the host has not heard of.
     """
 
     groups: list[dict[str, Any]]
@@ -36,12 +38,16 @@ class Stepper:
     defaults: dict[str, Any]
     rule: AbstractRadius
     fisher: DiagonalFisher
+    unread: Unread
 
     def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
-        """Update the moments where everything is finite and return what can be proposed."""
+        """Update the moments where nothing is wrong with the gradient and return what can be proposed."""
         ensure_state(entries, self.state, self.fisher)
-        base = None if base is None else self._minimised(base, entries[0][1].device)
-        return absorb(gather(entries, self.groups, self.state), base, self.fisher)
+        head, home = self.groups[0], entries[0][1].device
+        base = None if base is None else self._minimised(base, home)
+        gate = self.unread.gate_of(head, home) if self.rule.gated else None
+        buckets = gather(entries, self.groups, self.state)
+        return absorb(buckets, base, self.fisher, gate=gate, slope=head[keys.CHECKED_SLOPE])
 
     def _minimised(self, loss: Tensor, home: torch.device) -> Tensor:
         """Return a loss as it is minimised, mean over ranks."""
@@ -50,7 +56,7 @@ class Stepper:
     def _aim(self, proposal: Proposal, radius: float) -> None:
         """Set the proposal's directions at `radius`."""
         sizes = step_sizes(self.groups, radius, keys.lr_unit(self.groups), folds_lr=self.rule.folds_lr)
-        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious)
+        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious, fisher_limits=self.rule.fisher_limits)
 
     def plain(self, entries: list[Entry], base: Tensor | None) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
@@ -68,7 +74,7 @@ class Stepper:
                 self.state[param][keys.STEP] -= 1
         return proposal, numbers, known
 
-    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, unread: Tensor | None) -> Outcome:
+    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
         snapshot, head = Snapshot([param for _, param in entries], self.state), self.groups[0]
         try:
@@ -80,10 +86,16 @@ class Stepper:
                 keys.numbers_of(head),
                 aim=self._aim,
                 trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
-                evidence=Evidence(base=0.0, predicted=0.0, schedule=keys.schedule(self.groups)),
-                rounding=rounding(base),
+                evidence=Evidence(
+                    base=0.0,
+                    predicted=0.0,
+                    fresh=head[keys.FRESH_SLOPE],
+                    schedule=keys.schedule(self.groups),
+                    resolution=resolution([param for _, param in entries]),
+                ),
+                rounding=rounding(base, [param for _, param in entries]),
                 gap=head[keys.REPEAT_GAP],
-                unread=unread,
+                pending=self.unread.beside(proposal).figures(),
             )
         except BaseException:
             snapshot.restore()

@@ -1,9 +1,9 @@
 """The loop that makes this a trust-region method: propose, evaluate, decide, keep or put back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def search(
     evidence: Evidence,
     rounding: float,
     gap: float | None,
-    unread: Tensor | None,
+    pending: Sequence[Tensor | None],
 ) -> tuple[Numbers, Known]:
     """Try radii until `rule` keeps a point or gives up; the parameters are left at the kept or the first point.
 
@@ -86,7 +86,7 @@ def search(
         rounding: rounding error of the base loss, relative to it.
         gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured,
             which is one more trial.
-        unread: 0-d count to be read along with the first trial, or None.
+        pending: 0-d tensors to be read along with the trial; the third is a fresh slope of the last accepted check.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
@@ -99,16 +99,24 @@ def search(
         aim(proposal, numbers[RADIUS])
         predicted = linear_reduction(proposal)
         move(proposal, decay=False)
-        values = [proposal.base, trial_loss(), predicted, mean_square, proposal.ok, unread, repeat]
-        base, trial, promised, square, ok, missed, repeated = read(values, home)
-        known: Known = {"checked": bool(ok), "skipped": not ok, "accepted": False}
-        known |= {"trials": attempt + repeats, "missed": int(missed)}
+        values = [proposal.base, trial_loss(), predicted, mean_square, repeat, proposal.ok, proposal.outlier]
+        base, trial, promised, square, repeated, ok, outlier, *heard = read([*values, *pending], home)
+        known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}
+        known |= {"trials": attempt + repeats, "heard": heard}
         if not ok:
             return numbers, known
         gap = finite_or(repeated - base, inf) if gap is None else gap
-        noise = rounding * abs(base) + finite_or(abs(gap), 0.0)
-        seen = replace(evidence, base=base, trial=trial, predicted=promised, attempt=attempt)
-        decision = judge(rule, numbers, replace(seen, noise=noise, parameter_rms=square**0.5))
+        seen = replace(
+            evidence,
+            base=base,
+            trial=trial,
+            predicted=promised,
+            attempt=attempt,
+            noise=rounding * abs(base) + finite_or(abs(gap), 0.0),
+            fresh=finite_or(heard[2], evidence.fresh),
+            parameter_rms=square**0.5,
+        )
+        decision = judge(rule, numbers, seen)
         numbers, reductions = decision.numbers, (promised, finite_or(base - trial, -inf))
         known |= {"accepted": decision.accepted, "reductions": reductions, "repeat_gap": gap}
         if not decision.accepted:
@@ -120,6 +128,9 @@ def search(
             return numbers, known
 
 
-def finite_or(value: float, otherwise: float) -> float:
+Other = TypeVar("Other")
+
+
+def finite_or(value: float, otherwise: Other) -> float | Other:
     """Return `value` if it is finite."""
     return value if isfinite(value) else otherwise

@@ -42,6 +42,7 @@ class Bucket:
         params: the parameters, as real tensors of any shape.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
+        last_bound: d of the last step.
     """
 
     group: int
@@ -53,6 +54,7 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
+    last_bound: float = 0.0
 
     @property
     def correction1(self) -> float:
@@ -135,13 +137,14 @@ def update_moments_foreach(
 def box_direction(
     m: list[Tensor],
     v: list[Tensor],
-    scale: Tensor,
+    scale: Tensor | None,
     ok: Tensor,
     *,
     radius: float,
     correction1: float,
     correction2: float,
     eps: float,
+    gain: Tensor | None = None,
 ) -> list[Tensor]:
     """Steps 2, 4 and 5: the minimiser of the diagonal model in the box of `radius`; the readable form.
 
@@ -151,22 +154,26 @@ def box_direction(
     Args:
         m: first moments, uncorrected.
         v: second moments, uncorrected.
-        scale: c of step 3, 0-d.
+        scale: c of step 3, 0-d; None leaves F out, so that only the box limits.
         ok: 0-d bool; where it is false the direction is zero.
         radius: d.
         correction1: ``1 - b1^t``.
         correction2: ``1 - b2^t``.
         eps: added to the denominator.
+        gain: what gradients are multiplied by, 0-d, which changes the unit of eps; None for 1.
 
     Returns:
         The direction u for each tensor, newly allocated; the step is ``-lr u``.
     """
-    fisher_factor, factor = scale * radius, gated(ok, radius / correction1, 0.0)
+    factor = gated(ok, radius / correction1, 0.0)
+    factor = factor if gain is None else factor * gain
     directions = []
     for first, second in zip(m, v, strict=True):
-        corrected = second / correction2
-        bound = corrected.sqrt()
-        denominator = torch.maximum(corrected.mul_(fisher_factor), bound).add_(eps)
+        corrected = second / correction2 if gain is None else second * (gain.square() / correction2)
+        denominator = corrected.sqrt()
+        if scale is not None:
+            denominator = torch.maximum(corrected.mul_(scale * radius), denominator)
+        denominator.add_(eps)
         directions.append((first / denominator).mul_(factor))
     return directions
 
@@ -174,22 +181,28 @@ def box_direction(
 def box_direction_foreach(
     m: list[Tensor],
     v: list[Tensor],
-    scale: Tensor,
+    scale: Tensor | None,
     ok: Tensor,
     *,
     radius: float,
     correction1: float,
     correction2: float,
     eps: float,
+    gain: Tensor | None = None,
 ) -> list[Tensor]:
     """:func:`box_direction` by multi-tensor operations."""
-    denominators = torch._foreach_div(v, correction2)
-    bounds = torch._foreach_sqrt(denominators)
-    torch._foreach_mul_(denominators, scale * radius)
-    torch._foreach_maximum_(denominators, bounds)
+    factor = gated(ok, radius / correction1, 0.0)
+    if gain is None:
+        corrected = torch._foreach_div(v, correction2)
+    else:
+        corrected, factor = torch._foreach_mul(v, gain.square() / correction2), factor * gain
+    denominators = torch._foreach_sqrt(corrected)
+    if scale is not None:
+        torch._foreach_mul_(corrected, scale * radius)
+        torch._foreach_maximum_(denominators, corrected)
     torch._foreach_add_(denominators, eps)
     directions = torch._foreach_div(m, denominators)
-    torch._foreach_mul_(directions, gated(ok, radius / correction1, 0.0))
+    torch._foreach_mul_(directions, factor)
     return list(directions)
 
 
@@ -219,13 +232,23 @@ class DiagonalFisher:
         form(bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], ok, beta1=bucket.beta1, beta2=bucket.beta2)
 
     def sums(self, bucket: Bucket) -> Tensor:
-        """Return ``[sum(mh^2), sum(vh + eps)]`` over the bucket (the two sums of step 3), shape (2,)."""
+        """Return ``[sum(mh^2), sum(vh), eps n]`` over the bucket's n coordinates (the sums of step 3), shape (3,)."""
         moment = square_sum(bucket.state[MOMENT], foreach=bucket.foreach) / bucket.correction1**2
         square = norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
-        return torch.stack((moment, square + bucket.eps * bucket.numel))
+        return torch.stack((moment, square, torch.full_like(square, bucket.eps * bucket.numel)))
 
-    def direction(self, bucket: Bucket, scale: Tensor, ok: Tensor, radius: float) -> list[Tensor]:
-        """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
+    def direction(
+        self, bucket: Bucket, scale: Tensor | None, ok: Tensor, radius: float, gain: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return u of step 5 for each parameter of the bucket, zero where not `ok`.
+
+        Args:
+            bucket: its moments are read.
+            scale: c of step 3, 0-d; None leaves F out.
+            ok: 0-d bool.
+            radius: d.
+            gain: what gradients are multiplied by before eps is added, 0-d; None for 1.
+        """
         form = box_direction_foreach if bucket.foreach else box_direction
         return form(
             bucket.state[MOMENT],
@@ -236,6 +259,7 @@ class DiagonalFisher:
             correction1=bucket.correction1,
             correction2=bucket.correction2,
             eps=bucket.eps,
+            gain=gain,
         )
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """SOAA: collects gradients, lets the Fisher propose a step and the radius rule judge it, and owns every mutation."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,10 @@ from lightning_soaa._checks import refuse
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Entry, Proposal, describe, ensure_state, find_gradients, only_zeros, read
 from lightning_soaa._step import LossClosure, Stepper
+from lightning_soaa._unread import Unread, settle
 from lightning_soaa.fisher import DiagonalFisher
-from lightning_soaa.radius import AbstractRadius, RatioRadius
+from lightning_soaa.radius import AbstractRadius
+from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
 
 
@@ -111,7 +114,7 @@ class SOAA(Optimizer):
         self._bound: tuple[LossClosure, Tensor | None] | None = None
         self._pending: tuple[Proposal, dict[str, Any]] | None = None
         self._report: StepReport | None = None
-        self._unread_skips: Tensor | None = None
+        self._unread = Unread()
 
     @property
     def radius(self) -> float:
@@ -125,13 +128,16 @@ class SOAA(Optimizer):
         The statistics are computed when first read, which waits for the device once and takes a pass over the state.
         """
         if self._pending is not None:
-            (proposal, known), head = self._pending, self.param_groups[0]
+            (proposal, known), head, rule = self._pending, self.param_groups[0], self.radius_rule
             if "skipped" not in known:  # the host has not heard of it yet
-                missed, ok = read([self._unread_skips, proposal.ok], proposal.home)
-                head[keys.SKIPPED_STEPS] += int(missed)
-                known |= {"skipped": not ok, "accepted": bool(ok), "skipped_steps": head[keys.SKIPPED_STEPS]}
-                self._unread_skips = None
-            known |= describe(proposal, self.fisher_rule, moved=known["accepted"], skipped=known["skipped"])
+                ok, *heard = read([proposal.ok, *self._unread.figures()], proposal.home)
+                self._settle(heard)
+                known |= {"skipped": not ok, "accepted": bool(ok)}
+                known |= {name: head[name] for name in (keys.SKIPPED_STEPS, keys.OUTLIER_STEPS)}
+            moved, skipped = known["accepted"], known["skipped"]
+            known |= describe(
+                proposal, self.fisher_rule, moved=moved, skipped=skipped, fisher_limits=rule.fisher_limits
+            )
             known["base_loss"] *= -1 if head["maximize"] else 1
             self._pending, self._report = None, StepReport(**known)
         return self._report
@@ -218,31 +224,32 @@ class SOAA(Optimizer):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
-        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule)
+        before = self._unread
+        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule, before)
         if check and base is not None and loss_closure is not None:
-            proposal, numbers, known = stepper.checked(entries, base, loss_closure, self._unread_skips)
-            if self._unread_skips is None:  # the loss closure had them counted, by saving or reading a report
-                known["missed"] = 0
-            self._unread_skips = None
+            proposal, numbers, known = stepper.checked(entries, base, loss_closure)
+            heard = known.pop("heard")
+            if self._unread is not before:  # the loss closure had them counted, by saving or reading a report
+                heard[:2] = (0, 0)
+            self._settle(heard)
+            self._unread = Unread(gate=proposal.gate)
         else:
             proposal, numbers, known = stepper.plain(entries, base)
             if "skipped" not in known:
-                skipped = proposal.ok.logical_not().to(torch.int64)
-                self._unread_skips = skipped if self._unread_skips is None else self._unread_skips + skipped
+                self._unread = before.after(proposal)
         known["trials"] += trials
         proposal.release()
-        for group, size in zip(self.param_groups, proposal.sizes, strict=True):
-            group[keys.GROUP_RADIUS] = size.bound
         head[keys.LR_UNIT] = keys.lr_unit(self.param_groups)
+        if not known.get("skipped", False):
+            keys.remember(self.param_groups, [size.bound for size in proposal.sizes], known, rule)
         keys.store_numbers(head, numbers)
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
 
-    def _settle_skips(self) -> None:
-        """Bring the count of steps that were skipped between reads to the host."""
-        if self._unread_skips is not None:
-            self.param_groups[0][keys.SKIPPED_STEPS] += int(self._unread_skips.item())
-            self._unread_skips = None
+    def _settle(self, heard: Sequence[float] | None = None) -> None:
+        """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
+        settle(self.param_groups[0], self._unread.read() if heard is None else heard)
+        self._unread = Unread(gate=self._unread.gate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also in mid-training; options it does not name are those of the defaults.
@@ -266,7 +273,7 @@ class SOAA(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
-        self._settle_skips()
+        self._settle()
         state: dict[str, Any] = super().state_dict()
         return state
 
@@ -292,7 +299,7 @@ class SOAA(Optimizer):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle_skips()
+        self._settle()
         return {**super().__getstate__(), "radius_rule": self.radius_rule, "fisher_rule": self.fisher_rule}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ class StepReport:
         radius: the trust-region radius after this step, which the next step starts from.
         checked: whether this step was a check (its trial loss was evaluated).
         accepted: whether the parameters moved to the proposed point. ``False`` for a rejected and for a skipped step.
-        skipped: whether the loss or a gradient was not finite, so that neither parameters nor moments moved.
+        skipped: whether the loss or a gradient was not finite, or far outside its recent distribution, so that neither
+            parameters nor moments moved.
         trials: trial losses evaluated in this step.
         base_loss: the loss at the point the step started from, mean over ranks, or ``nan`` if the step was given none.
         acceptance_ratio: actual over predicted reduction (rho) of the last check; ``-inf`` if its trial loss was not
@@ -37,7 +38,8 @@ class StepReport:
         active_fraction: share of coordinates in [0, 1] where the Fisher, not the radius, limits the step.
         checks: checks so far.
         accepted_checks: checks so far whose step was accepted.
-        skipped_steps: skipped steps so far.
+        skipped_steps: steps so far that were skipped because the loss or a gradient was not finite.
+        outlier_steps: steps so far that were skipped because the gradient was far outside its recent distribution.
         total_trials: trial losses evaluated so far.
 
     Does not hold tensors and is not part of ``state_dict``.
@@ -63,4 +65,5 @@ class StepReport:
     checks: int = 0
     accepted_checks: int = 0
     skipped_steps: int = 0
+    outlier_steps: int = 0
     total_trials: int = 0

@@ -14,14 +14,17 @@ class ReferenceSOAA:
         self.d, self.loss_ema, self.p, self.t = radius, 0.0, 0.0, 0
         self.lr_unit = max(group["lr"] for group in groups)
         self.initial_lrs = [group["lr"] for group in groups]
-        self.phase, self.unchecked, self.eaten, self.weight = 2, 0, 0.0, 0.0
+        self.phase, self.unchecked, self.steady, self.scale = 2, 0, 0, 0.0
+        self.eaten, self.fresh = [0.0, 0.0], [0.0, 0.0]  # weighted sum, sum of weights
+        self.checked, self.slope = None, None  # (step without its mask, promised), and what the next gradient found
+        self.gate = Gate()
         if rule == "ratio":
-            self.d = self.options["start"] * self.lr_unit
+            self.d = self.options["start"] * (self.lr_unit or 1e-3)
         for group in groups:
             group["m"] = [np.zeros_like(x) for x in group["x"]]
             group["v"] = [np.zeros_like(x) for x in group["x"]]
             group["t"] = [0 for _ in group["x"]]
-        self.skipped, self.trials, self.gap = 0, 0, None
+        self.skipped, self.outliers, self.trials, self.gap = 0, 0, 0, None
 
     def everything(self):
         for group in self.groups:
@@ -51,11 +54,27 @@ class ReferenceSOAA:
         r = np.maximum(d * fisher, np.sqrt(vh))
         return d * mh / (r + group["eps"])
 
+    def box_direction(self, group, i, d):
+        """The same without the Fisher, eps in units of the gradients' root mean square."""
+        mh, vh = self.corrected(group, i)
+        found = [self.corrected(g, k)[1] for g, k in self.everything() if g["t"][k]]
+        unit = np.sqrt(sum(np.sum(v) for v in found) / max(1, sum(v.size for v in found)))
+        return d * mh / (np.sqrt(vh) + group["eps"] * max(unit, 1e-15))
+
     def step(self, grads, loss, loss_at=None):
         """`grads` mirrors the groups' ``x``; `loss_at()` is the loss at the current ``x``."""
         if not (np.isfinite(loss) and all(np.all(np.isfinite(g)) for group in grads for g in group)):
             self.skip()
+            self.skipped += 1
             return
+        if self.rule == "ratio" and self.gate.leaves_out(grads, loss):
+            self.skip()
+            self.outliers += 1
+            return
+        if self.checked is not None:
+            s, promised = self.checked
+            self.slope = -sum(np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=True)) / promised
+        self.checked = None
         for (group, i), g in zip(self.everything(), [g for gs in grads for g in gs], strict=True):
             b1, b2 = group["betas"]
             group["m"][i] = b1 * group["m"][i] + (1 - b1) * g  # step 1
@@ -66,8 +85,8 @@ class ReferenceSOAA:
 
     def skip(self):
         """Nothing moves. Where the host has not read the loss the parameters' age counts the step all the same."""
-        self.skipped += 1
         due = self.rule == "ratio" and self.check_due()
+        self.checked = self.checked if due else None
         self.trials += due * (2 if self.gap is None else 1)  # they were under way before the host knew
         if self.rule == "fixed" or (self.rule == "ratio" and not due):
             for group, i in self.everything():
@@ -96,29 +115,36 @@ class ReferenceSOAA:
         self.p = promised
 
     def check_due(self):
-        return self.phase > 0 or self.unchecked + 1 >= self.options["interval"]
+        return self.phase > 0 or self.unchecked + 1 >= self.options["interval"] * (1 + min(3, self.steady // 4))
 
     def ratio(self, grads, loss, loss_at, c):
         """The learning rate is folded into the radius; a check compares the loss at start + s with -(g . s)."""
-        places = list(self.everything())
+        places, grads = list(self.everything()), [g for gs in grads for g in gs]
         start = [group["x"][i] for group, i in places]
         due = self.check_due()
         if due and self.gap is None:
             self.trials += 1
             self.gap = loss_at() - loss  # what a loss that is not the same twice differs by
         self.unchecked = 0 if due else self.unchecked + 1
-        prior = self.options["relative"] * np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
-        for _ in range(self.options["max_trials"] if due else 1):
+        rms = np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
+        f = max(group["lr"] for group in self.groups) / self.lr_unit
+        for attempt in range(1, 1 + (self.options["max_trials"] if due else 1)):
             alphas = [self.d * group["lr"] / self.lr_unit for group, _ in places]
-            u = [self.direction(group, i, c, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
-            s = [-np.where(a * g > 0, a, 0.0) for a, g in zip(u, [g for gs in grads for g in gs], strict=True)]
+            u = [self.box_direction(group, i, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
+            s = [-np.where(a * g > 0, a, 0.0) for a, g in zip(u, grads, strict=True)]
             if due:
                 self.trials += 1
                 self.put([a + b for a, b in zip(start, s, strict=True)])
-                promised = -sum(np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=True))
-                if not self.judge(promised, loss - loss_at(), loss, prior):
+                promised = -sum(np.sum(g * b) for g, b in zip(grads, s, strict=True))
+                kept, again = self.judge(promised, loss - loss_at(), loss, rms, f)
+                if not kept:
                     self.put(start)
-                    continue
+                    if again and attempt < self.options["max_trials"]:
+                        continue
+                    self.slope = None
+                    return
+                self.slope = None
+                self.checked = ([-a for a in u], promised) if promised > 0 else None
             decays = [min(1.0, alpha * group["weight_decay"]) for (group, _), alpha in zip(places, alphas, strict=True)]
             self.put([a - decay * a + b for a, b, decay in zip(start, s, decays, strict=True)])
             return
@@ -127,36 +153,85 @@ class ReferenceSOAA:
         for (group, i), x in zip(self.everything(), points, strict=True):
             group["x"][i] = x
 
-    def judge(self, promised, actual, loss, prior):
-        """Return whether the trial is kept; the radius moves either way."""
-        if promised == 0:
-            return True
+    def judge(self, promised, actual, loss, rms, f):
+        """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
+        prior = self.options["relative"] * (min(rms, self.scale) if self.scale else rms)
+        low, high = max(1e-3 * prior, np.finfo(float).eps * rms), 10 * prior
+        if promised == 0 and self.d > 0:
+            return True, False
+        if self.phase == 2 and self.d > 0.01 * prior > 0:
+            self.d = max(low, 0.01 * prior)
+            return False, True
         noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap)
-        wanted = 0.5 if self.phase == 2 else -1.0
-        if not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise:
-            self.d *= 0.25 if self.phase == 2 else 0.5
-            self.phase = 2 if self.phase == 2 else 0
-            return False
-        share = min(2.0, max(0.0, 1 - actual / promised)) if promised > noise else 0.0
+        floor, wanted = self.d <= low, 0.5 if self.phase == 2 else -1.0
+        bad = not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise
+        if bad and not (floor and np.isfinite(actual)):
+            if self.phase == 1:
+                self.phase, self.scale = 0, rms
+            self.d, self.steady = max(low, self.d * (0.25 if self.phase == 2 else 0.5)), 0
+            return False, not floor
+        known = abs(promised) > noise
         memory = 0.5 if self.phase else 0.8
-        self.eaten = memory * self.eaten + (1 - memory) * share
-        self.weight = memory * self.weight + (1 - memory)
-        mean = self.eaten / self.weight  # 1 - rho
-        too_large = mean > 1 - self.options["shrink_below"] and self.weight > 0.5
-        small = mean < 1 - self.options["grow_above"]
+        if known and not (floor and self.phase):
+            share = min(2.0, max(0.0, (promised - actual) / abs(promised)))
+            self.eaten = [memory * old + (1 - memory) * new for old, new in zip(self.eaten, (share, 1), strict=True)]
+        if self.slope is not None:
+            slope = min(2.0, max(-2.0, self.slope))
+            self.fresh = [memory * old + (1 - memory) * new for old, new in zip(self.fresh, (slope, 1), strict=True)]
+        eaten, slope = (a / b if b else 0.0 for a, b in (self.eaten, self.fresh))
+        excess = 1 - self.options["target"]
+        long = self.eaten[1] > 0.5 and eaten > excess and eaten + slope > excess
+        short = eaten < excess * min(1.0, max(0.05, f))
         if self.phase:
-            if too_large:
-                self.d, self.phase = 0.4 * self.d, 0
-            elif self.d >= prior and not small:
-                self.phase = 0
+            held = self.d >= (prior if f <= 0.05 else high) > 0
+            self.steady = self.steady + 1 if held else 0
+            ends = long or self.steady > 20 or (self.d >= prior > 0 and not (known and short))
+            if long:
+                self.d *= 0.4
+            elif not ends and not held:
+                self.d *= 1.25 if eaten < excess / 2 else 1.1
+            if ends:
+                self.phase, self.steady = 0, 0
             else:
-                self.d, self.phase = 1.25 * self.d, 1
-        elif too_large:
-            self.d *= 0.85
-        elif small:
-            self.d *= 1.2
-        elif self.d < prior:
-            self.d = min(1.1 * self.d, prior)
+                self.phase = 1
+            self.scale = rms if ends else self.scale
         else:
-            self.d = max(0.975 * self.d, prior)
-        return True
+            grows = short and known and f > 0.05
+            self.steady = 0 if long or grows else self.steady + 1
+            if long:
+                self.d *= 0.7
+            elif grows:
+                self.d = min(1.2 * self.d, max(self.d, high))
+            elif self.d < prior:
+                self.d = min(1.1 * self.d, prior)
+            else:
+                self.d = max(0.975 * self.d, prior)
+        self.d = max(self.d, low)
+        return True, False
+
+
+class Gate:
+    """Which gradients are left out: log norm or loss far above the mean of the recent ones."""
+
+    def __init__(self):
+        self.seen, self.credit, self.means, self.variances = 0, 3.0, [0.0, 0.0], [0.0, 0.0]
+
+    def leaves_out(self, grads, loss):
+        square = sum(np.sum(g * g) for gs in grads for g in gs)
+        if square == 0:
+            return False
+        gaps = [np.log(square) / 2 - self.means[0], loss - self.means[1]]
+        limits = [6 * np.sqrt(self.variances[0]) + np.log(3), 10 * np.sqrt(self.variances[1])]
+        warm = self.seen >= 10
+        far = warm and (gaps[0] > limits[0] or (gaps[1] > limits[1] and gaps[0] > np.log(2)))
+        out = far and self.credit >= 1
+        mild = [max(-b, min(b, a)) for a, b in zip(gaps, limits, strict=True)] if warm else gaps
+        mean_share, share = max(0.1, 1 / (self.seen + 1)), max(0.01, 1 / (self.seen + 1))
+        for k in range(2):
+            if not out:
+                self.means[k] += gaps[k] if far else mean_share * mild[k]
+            if self.seen:
+                self.variances[k] = (1 - share) * (self.variances[k] + share * mild[k] ** 2)
+        self.credit = self.credit - 1 if out else min(3.0, self.credit + 0.1)
+        self.seen += not out
+        return out

@@ -17,15 +17,21 @@ LAYERS = {
     "_dist": (set(), TORCH),
     "report": (set(), TORCH),
     "fisher": ({"_checks", "_dist"}, TORCH),
+    "gate": (set(), TORCH),
     "radius": ({"_checks"}, set()),
+    "ratio": ({"_checks", "radius"}, set()),
     "_state": ({"_checks", "fisher", "radius"}, TORCH),
     "_loss": ({"_checks", "_dist", "fisher"}, TORCH),
     "_checkpoint": ({"_checks", "_state", "fisher", "radius"}, TORCH),
-    "_proposal": ({"_checks", "_dist", "_state", "fisher"}, TORCH),
+    "_proposal": ({"_checks", "_dist", "_state", "fisher", "gate"}, TORCH),
+    "_unread": ({"_proposal", "_state", "fisher", "gate"}, TORCH),
     "_trust_region": ({"_checks", "_proposal", "_state", "fisher", "radius"}, TORCH),
-    "_step": ({"_loss", "_proposal", "_state", "_trust_region", "fisher", "radius"}, TORCH),
+    "_step": ({"_loss", "_proposal", "_state", "_trust_region", "_unread", "fisher", "radius"}, TORCH),
     "optimizer": (
-        {"_checks", "report", "fisher", "radius", "_state", "_loss", "_checkpoint", "_proposal", "_step"},
+        {
+            *("_checks", "report", "fisher", "radius", "ratio", "_state", "_loss", "_checkpoint", "_proposal"),
+            *("_step", "_unread"),
+        },
         TORCH,
     ),
     "trial": ({"_checks"}, FRONT),
@@ -38,7 +44,7 @@ LAYERS = {
     "advice": ({"report"}, set()),
     "monitor": ({"_checks", "report", "metrics", "console", "advice", "_compat"}, FRONT),
     "__init__": (
-        {"advice", "fisher", "radius", "report", "optimizer", "module", "monitor"},
+        {"advice", "fisher", "radius", "ratio", "report", "optimizer", "module", "monitor"},
         set(),
     ),
 }

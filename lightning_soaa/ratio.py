@@ -1,0 +1,191 @@
+"""RatioRadius: the radius that replaces the learning rate. Plain numbers only, as in :mod:`lightning_soaa.radius`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+from lightning_soaa._checks import check_between, check_count, check_positive
+from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
+
+# Bounds of the radius, in units of its prior. Three decades below it AdamW is slow on every task that was measured;
+# ten times above it one step is twice as long as the parameters.
+FLOOR, CEILING = 1e-3, 10.0
+# The highest first radius, in units of the prior. What a first step breaks, later ones do not mend.
+FIRST = 0.01
+# Below this share of the schedule's peak a step is too small to tell what the radius is worth at the peak.
+LATE = 0.05
+# Checks of burn-in that a radius may spend at its ceiling. Parameters that start at zero take some to get a scale.
+HELD = 20
+# Steady checks after which the distance between checks grows by `interval`, and how often it does so.
+STEADY, STRETCHES = 4, 3
+
+
+@dataclass(frozen=True)
+class RatioRadius(AbstractRadius):
+    """A radius in place of the learning rate, moved by what steps do to the loss.
+
+    It starts far too small and grows on every step, with a check on each (burn-in), up to its prior, `relative` times
+    the root mean square of the parameters. Curvature eats a share of every predicted reduction, ``1 - rho``; a check
+    measures it on the batch of the step. The mean share moves the radius:
+
+    - Less than ``1 - target``: the step is short, and the radius grows, beyond its prior too. Where a scheduler
+      multiplies the step by f < 1, curvature eats less by as much; the share is held against ``f (1 - target)``, so
+      that growth does not work against the schedule, and below 5 % of its peak the radius does not grow at all.
+    - More, and the next batch finds no slope back: the model of the loss does not hold over a step this long, and the
+      radius shrinks. (The slope that a fresh gradient finds at the end of the step, in units of the slope at its start,
+      is ``2 rho - 1`` on a quadratic. Where the mean of slope and share is above ``1 - target``, curvature raises the
+      loss without turning the slope, as it does where the loss is rugged on the scale of the step.)
+    - Otherwise it drifts back to its prior.
+
+    A step that raises its own batch's loss by more than it promised to lower it is undone, and the radius halved. The
+    radius stays within 1/1000 and 10 times its prior; at its floor every step to a finite loss is taken, so that no run
+    gets stuck. A gradient far outside the recent distribution is left out, see :mod:`lightning_soaa.gate`.
+
+    Coordinates on which the momentum points against the gradient of the batch stay where they are (arXiv 2411.16085):
+    they promise no reduction. The Fisher does not limit the step and eps is relative to the gradients' root mean
+    square: the loss may come in any unit.
+
+    Args:
+        start: the first radius, in units of lr, > 0 (default: 0.01); it is held between 1/1000 and 1/100 of the prior.
+        relative: the prior of the radius, in units of the parameters' root mean square, > 0 (default: 0.2).
+        target: acceptance ratio that the radius is moved toward, in (0, 1) (default: 0.6).
+        interval: steps from one check to the next after burn-in, >= 1 (default: 5). It stretches, up to four times,
+            while the radius neither grows nor shrinks.
+        max_trials: trials of one step before it is given up, >= 1 (default: 4).
+
+    Same-batch ratios see whether a step is too long for the batch's loss; they do not see overfitting.
+    """
+
+    needs_trial: ClassVar[bool] = True
+    folds_lr: ClassVar[bool] = True
+    cautious: ClassVar[bool] = True
+    fisher_limits: ClassVar[bool] = False
+    fresh_slopes: ClassVar[bool] = True
+    gated: ClassVar[bool] = True
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+
+    start: float = 0.01
+    relative: float = 0.2
+    target: float = 0.6
+    interval: int = 5
+    max_trials: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("start", "relative"):
+            check_positive("RatioRadius", name, getattr(self, name))
+        check_between("RatioRadius", "target", self.target, 0, 1, "in (0, 1)")
+        for name in ("interval", "max_trials"):
+            check_count("RatioRadius", name, getattr(self, name))
+
+    def init(self, lr: float) -> Numbers:
+        """Return radius, phase, and the sums behind the means of eaten shares and fresh slopes.
+
+        The phase is 2 before the first accepted step, 1 in burn-in, 0 after it. `scale` is the parameters' root mean
+        square when burn-in ended, 0 before; `steady` counts checks that neither grew nor shrank the radius.
+        """
+        means = {"eaten": 0.0, "eaten_weight": 0.0, "fresh": 0.0, "fresh_weight": 0.0}
+        return {"radius": self.start * (lr or 1e-3), "phase": 2, "scale": 0.0, "steady": 0, **means}
+
+    def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
+        """Return True on every step of burn-in, later on every `interval`-th, or less often while all is steady."""
+        stretch = 1 + min(STRETCHES, numbers["steady"] // STEADY)
+        return numbers["phase"] > 0 or unchecked_steps + 1 >= self.interval * stretch
+
+    def update(self, numbers: Mapping[str, float], evidence: Evidence) -> Decision:
+        """Undo a step that does harm; otherwise move the radius by eaten shares and fresh slopes."""
+        low, prior, high = self.bounds(numbers, evidence)
+        new = {**numbers, "radius_low": low, "radius_high": high}
+        radius, first = numbers["radius"], numbers["phase"] == 2
+        if evidence.predicted == 0 and radius > 0:  # no gradient, no schedule, or all masked: nothing to learn
+            return Decision(new, accepted=True)
+        if first and radius > FIRST * prior > 0:
+            new["radius"] = max(low, FIRST * prior)
+            return Decision(new, accepted=False, retry=evidence.attempt < self.max_trials)
+        at_floor = radius <= low
+        if falls_short(evidence, 0.5 if first else -1.0) and not (at_floor and is_finite(evidence)):
+            if numbers["phase"] == 1:
+                new |= {"phase": 0, "scale": evidence.parameter_rms}
+            new |= {"radius": max(low, radius * (0.25 if first else 0.5)), "steady": 0}
+            return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
+        new |= self._means(numbers, evidence, at_floor=at_floor)
+        new |= self._move(new, evidence, low=low, prior=prior, high=high)
+        return Decision(new, accepted=True)
+
+    def bounds(self, numbers: Mapping[str, float], evidence: Evidence) -> tuple[float, float, float]:
+        """Return floor, prior and ceiling of the radius, in units of the parameters.
+
+        The prior does not follow parameters that grow after burn-in: radius and parameters would push each other up.
+        A step below the parameters' resolution would not arrive, so the floor is not below that.
+        """
+        rms = evidence.parameter_rms
+        prior = self.relative * (min(rms, numbers["scale"]) if numbers["scale"] else rms)
+        return max(FLOOR * prior, evidence.resolution * rms), prior, CEILING * prior
+
+    def _means(self, numbers: Mapping[str, float], evidence: Evidence, *, at_floor: bool) -> Numbers:
+        """Return the sums behind both means with this check's evidence; on the way up from the floor it has none."""
+        memory = 0.5 if numbers["phase"] else 0.8
+        share = None if at_floor and numbers["phase"] else eaten_share(evidence)
+        fresh = None if evidence.fresh is None else max(-2.0, min(2.0, evidence.fresh))
+        new: Numbers = {}
+        for name, value in (("eaten", share), ("fresh", fresh)):
+            keep, add = (memory, 1 - memory) if value is not None else (1.0, 0.0)
+            new[name] = keep * numbers[name] + add * (value or 0.0)
+            new[f"{name}_weight"] = keep * numbers[f"{name}_weight"] + add
+        return new
+
+    def _move(self, new: Numbers, evidence: Evidence, *, low: float, prior: float, high: float) -> Numbers:
+        """Return radius, phase, scale and steady count after an accepted check."""
+        excess, late = 1 - self.target, evidence.schedule <= LATE
+        eaten, fresh = (new[name] / (new[f"{name}_weight"] or 1.0) for name in ("eaten", "fresh"))
+        long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess
+        short = eaten < excess * min(1.0, max(LATE, evidence.schedule))
+        unknown = abs(evidence.predicted) <= evidence.noise
+        radius, phase, steady = new["radius"], int(new["phase"]), new["steady"]
+        if phase:
+            held = radius >= (prior if late else high) > 0
+            steady = steady + 1 if held else 0
+            ends = long or steady > HELD or (radius >= prior > 0 and (unknown or not short))
+            growth = 1.25 if eaten < excess / 2 else 1.1
+            radius *= 0.4 if long else 1.0 if ends or held else growth
+            phase, steady = (0, 0) if ends else (1, steady)
+        else:
+            moves = long or (short and not (late or unknown))
+            steady = 0 if moves else steady + 1
+            if long:
+                radius *= 0.7
+            elif moves:
+                radius = min(1.2 * radius, max(radius, high))
+            else:
+                radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
+        scale = evidence.parameter_rms if new["phase"] and not phase else new["scale"]
+        return {"radius": max(radius, low), "phase": phase, "scale": scale, "steady": steady}
+
+
+def is_finite(evidence: Evidence) -> bool:
+    """Return whether there is a trial loss and it is finite."""
+    return evidence.trial is not None and isfinite(evidence.trial)
+
+
+def eaten_share(evidence: Evidence) -> float | None:
+    """Return the share of the predicted reduction that curvature ate, ``1 - rho``, clipped to [0, 2].
+
+    None where the prediction is below `noise`: nothing is known of it then.
+    """
+    if evidence.trial is None or abs(evidence.predicted) <= evidence.noise:
+        return None
+    eaten = evidence.predicted - (evidence.base - evidence.trial)
+    return min(2.0, max(0.0, eaten / abs(evidence.predicted)))
+
+
+def falls_short(evidence: Evidence, wanted: float) -> bool:
+    """Return whether a trial falls short of `wanted` times the predicted reduction.
+
+    ``predicted - actual`` is the part of the reduction that curvature ate. It is compared with the share it may eat,
+    ``(1 - wanted) |predicted|``, and never divided by: near convergence both sides are rounding error, which is why
+    `noise` is forgiven. A trial that is not finite always falls short.
+    """
+    if evidence.trial is None or not isfinite(evidence.trial):
+        return True
+    eaten = evidence.predicted - (evidence.base - evidence.trial)
+    return eaten > (1 - wanted) * abs(evidence.predicted) + evidence.noise
