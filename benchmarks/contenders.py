@@ -157,20 +157,26 @@ def _lbfgs(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
     return Driver(torch.optim.LBFGS(model.parameters(), lr=lr, **{**fixed, **options}))
 
 
-def _soaa(model: nn.Module, lr: float, total: int, options: Options, radius: str, fisher: str) -> Driver:
-    """SOAA; options ``radius.x`` and ``fisher.x`` go to the two rules, all others to the optimizer."""
+def _soaa(
+    model: nn.Module, lr: float, total: int, options: Options, radius: str, fisher: str, changes: Options
+) -> Driver:
+    """SOAA; options ``radius.x`` and ``fisher.x`` go to the two rules, all others to the optimizer.
+
+    `changes` replace class attributes of the radius rule, to show what each of them is worth.
+    """
     parts: dict[str, Options] = {"radius": {}, "fisher": {}, "": {"weight_decay": DECAY}}
     if radius == "PublishedRadius":
         parts["radius"]["total_steps"] = total
     for name, value in options.items():
         owner, _, key = name.rpartition(".")
         parts[owner][key] = value
-    package = {name: importlib.import_module(f"lightning_soaa.{name}") for name in ("optimizer", "radius", "fisher")}
+    package = importlib.import_module("lightning_soaa")
+    rule = getattr(package, radius)
     rules = {
-        "radius": getattr(package["radius"], radius)(**parts["radius"]),
-        "fisher": getattr(package["fisher"], fisher)(**parts["fisher"]),
+        "radius": (type(radius, (rule,), changes) if changes else rule)(**parts["radius"]),
+        "fisher": getattr(package, fisher)(**parts["fisher"]),
     }
-    optimizer = package["optimizer"].SOAA(model.parameters(), lr=lr, **parts[""], **rules)
+    optimizer = package.SOAA(model.parameters(), lr=lr, **parts[""], **rules)
     return Driver(optimizer, step=_checked_step)
 
 
@@ -201,8 +207,8 @@ class Contender:
     revision: int = 1
 
 
-def _ours(name: str, radius: str, fisher: str = "DiagonalFisher", reach: int = 0) -> Contender:
-    build, package = partial(_soaa, radius=radius, fisher=fisher), "lightning_soaa"
+def _ours(name: str, radius: str, fisher: str = "DiagonalFisher", reach: int = 0, **changes: object) -> Contender:
+    build, package = partial(_soaa, radius=radius, fisher=fisher, changes=changes), "lightning_soaa"
     if reach:
         return Contender(name, build, HALF_DECADES, "warmup_cosine", package, reach)
     return Contender(name, build, (1e-3,), package=package)
@@ -227,6 +233,11 @@ _ALL = [
     Contender("muon", _muon, HALF_DECADES, "warmup_cosine", reach=1),
     Contender("lbfgs", _lbfgs, (1.0,), "constant", reschedule=False),
     _ours("soaa_ratio", "RatioRadius"),
+    _ours("soaa_ratio_unmasked", "RatioRadius", cautious=False),
+    _ours("soaa_ratio_adams_betas", "RatioRadius", betas=(0.9, 0.999)),
+    _ours("soaa_ratio_fisher", "RatioRadius", fisher_limits=True),
+    _ours("soaa_ratio_ungated", "RatioRadius", gated=False),
+    _ours("soaa_ratio_no_fresh_slopes", "RatioRadius", fresh_slopes=False),
     _ours("soaa_kronecker", "RatioRadius", "KroneckerFisher"),
     _ours("soaa_published", "PublishedRadius"),
     _ours("soaa_published_tuned", "PublishedRadius", reach=1),

@@ -91,6 +91,18 @@ class Experiment:
     tasks: tuple[str, ...] = tuple(TASKS)
 
 
+# One constant of RatioRadius moved at a time, and one part of it left out at a time.
+CONSTANTS = (
+    OURS,
+    *(f"{OURS}:radius.target={value}" for value in (0.5, 0.7)),
+    *(f"{OURS}:radius.relative={value}" for value in (0.1, 0.4)),
+    *(f"{OURS}:radius.interval={value}" for value in (1, 10)),
+)
+PARTS = (
+    OURS,
+    *(f"{OURS}_{part}" for part in ("unmasked", "adams_betas", "fisher", "ungated", "no_fresh_slopes")),
+    f"{OURS}:radius.max_trials=1",
+)
 _EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_published")
 _CORE = ("adamw", OURS)
 EXPERIMENTS: dict[str, Experiment] = {
@@ -105,6 +117,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "restart", _at_best([{}, {"restart": True}]), _CORE, ("digits_mlp", "char_transformer", "mnist_resnet")
         ),
         Experiment("budget", budget, ("adamw", *PEERS, OURS)),
+        Experiment("constants", regret, ("adamw", *CONSTANTS)),
+        Experiment("parts", regret, ("adamw", *PARTS)),
         Experiment("depth", regret, _CORE, tuple(VARIANTS)),
     )
 }

@@ -36,7 +36,7 @@ def short(text: str, digits: int = 8) -> str:
 def soaa_hash() -> str:
     """Return the hash of the files that decide where SOAA steps: optimizer, rules and the modules they import."""
     found: set[str] = set()
-    waiting = ["optimizer", "radius", "fisher"]
+    waiting = ["optimizer", "radius", "ratio", "fisher"]
     while waiting:
         name = waiting.pop()
         path = ROOT / "lightning_soaa" / f"{name}.py"

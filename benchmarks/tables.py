@@ -119,6 +119,28 @@ def regret_grids(plan: Plan, store: Store) -> list[Grid]:
     return [*grids, _loss_grid(columns, tasks), _cost_grid(columns)] if bar else grids
 
 
+def constant_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return ratios to tuned AdamW, and for each task that of the contender which is best on all other tasks."""
+    columns = regret_columns(plan, store)
+    bar = columns.pop("adamw", {})
+    tasks = [task for task in plan.tasks if task in bar]
+    table = {name: ratios(columns[name], bar) for name in plan.contenders if name in columns}
+    note = "Mean loss over tuned AdamW's mean loss on the same seeds."
+    grids = [_ratio_grid("Ratio to AdamW tuned per task", note, table, tasks)]
+    whole = {name: column for name, column in table.items() if column.keys() == set(tasks)}
+    left_out: dict[str, dict[str, float]] = {"left out": {}}
+    chosen = {}
+    for task in tasks if whole else []:
+        others = {name: geometric_mean(v for t, v in column.items() if t != task) for name, column in whole.items()}
+        chosen[task] = min(others, key=others.__getitem__)
+        left_out["left out"][task] = whole[chosen[task]][task]
+    note = "Each task with the contender that is best on all the others."
+    grid = _ratio_grid("One task left out", note, left_out, list(chosen))
+    header = [*grid.header, "chosen without it"]
+    rows = [[*row, chosen.get(row[0], "")] for row in grid.rows]
+    return [*grids, replace(grid, header=header, rows=rows)]
+
+
 def sensitivity_grids(plan: Plan, store: Store) -> list[Grid]:
     """Return one grid a contender: losses by learning rate, and the worst over the best."""
     grids = []
@@ -135,13 +157,9 @@ def sensitivity_grids(plan: Plan, store: Store) -> list[Grid]:
 
 
 def _recovery(record: Record) -> float:
-    """Return the steps until the validation loss stays within 5 % of what it was before the poisoned batch."""
-    if record["final"] is None:
-        return inf
-    before = record["trace"][0][1]
-    bad = [offset for offset, loss in record["trace"] if loss is None or loss > 1.05 * before]
-    later = [offset for offset, _ in record["trace"] if not bad or offset > max(bad)]
-    return float(later[0]) if later else inf
+    """Return the steps until the validation loss is within 5 % of what it was before the poisoned batch."""
+    before, *later = record["trace"]
+    return next((float(offset) for offset, loss in later if loss is not None and loss <= 1.05 * before[1]), inf)
 
 
 def _steps_back(entry: Cell | None) -> str:
@@ -171,7 +189,8 @@ def poison_grids(plan: Plan, store: Store) -> list[Grid]:
         for kind in KINDS:
             header += [kind] if kind == "scattered" else [kind, "steps back"]
         note = (
-            "Final validation loss over that of the clean run (means over seeds); steps until it is within 5 % again."
+            "Final validation loss over that of the clean run (means over seeds); steps until it is within 5 % of what "
+            "it was before the batch."
         )
         grids.append(Grid(f"{contender}, poisoned batches", note, header, rows))
     return grids
@@ -236,6 +255,8 @@ def budget_grids(plan: Plan, store: Store) -> list[Grid]:
 GRIDS: dict[str, Callable[[Plan, Store], list[Grid]]] = {
     "regret": regret_grids,
     "depth": regret_grids,
+    "constants": constant_grids,
+    "parts": regret_grids,
     "sensitivity": sensitivity_grids,
     "poison": poison_grids,
     "horizon": partial(setting_grids, HORIZONS + SHAPES),

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 from io import StringIO
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
-from benchmarks import plugins
+from benchmarks import plugins, tables
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, parse
 from benchmarks.data import batches
@@ -369,12 +370,24 @@ def test_the_regret_table_of_finished_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("losses", "steps"),
-    [([1.0, 1.0, 1.0], 0), ([1.0, 9.0, 1.04], 2), ([1.0, 1.0, 2.0], inf), ([1.0, None, 1.0], 2)],
+    [([1.0, 1.0, 9.0], 1), ([1.0, 9.0, 1.04], 2), ([1.0, 1.06, 2.0], inf), ([1.0, None, 1.0], 2), ([1.0], inf)],
 )
-def test_recovery_is_the_first_step_after_which_the_loss_stays_within_5_percent(losses, steps):
-    trace = [[offset, loss] for offset, loss in enumerate(losses)]
-    assert _recovery({"final": 1.0, "trace": trace}) == steps
-    assert _recovery({"final": None, "trace": trace}) == inf
+def test_recovery_is_the_first_step_after_which_the_loss_is_within_5_percent_of_what_it_was(losses, steps):
+    assert _recovery({"trace": [[offset, loss] for offset, loss in enumerate(losses)]}) == steps
+
+
+@pytest.mark.parametrize(("b_on_third", "expected"), [(1.0, "b"), (9.0, "a")])
+def test_the_task_left_out_has_no_say_in_what_is_chosen_for_it(b_on_third, expected, monkeypatch):
+    """a is at 1.2 on all tasks, b at 1.0 on two of them; on the third, b is chosen all the same for the third."""
+    losses = {"adamw": 3 * [1.0], "a": 3 * [1.2], "b": [1.0, 1.0, b_on_third]}
+    columns = {
+        name: {f"t{i}": Cell((record_of(loss) | {"spec": {"seed": 0, "lr": 1.0}},)) for i, loss in enumerate(found)}
+        for name, found in losses.items()
+    }
+    monkeypatch.setattr(tables, "regret_columns", lambda plan, store: {k: dict(v) for k, v in columns.items()})
+    _, left_out = tables.constant_grids(Plan(("t0", "t1", "t2"), ("adamw", "a", "b")), Store(Path("none")))
+    assert [row[-1] for row in left_out.rows[:3]] == [expected, expected, "b"]
+    assert left_out.rows[2][1] == f"{b_on_third:.2f}"
 
 
 def test_a_planned_budget_buys_fewer_steps_of_a_dearer_contender():
