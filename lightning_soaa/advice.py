@@ -150,40 +150,55 @@ def advise(watch: Watch) -> list[Advice]:
     return [advice for rule in RULES if (advice := rule(watch)) is not None]
 
 
+def beyond_rounding(watch: Watch, check: Check) -> bool:
+    """Return whether a check is about more than rounding of the loss, as far as reports have told the loss."""
+    return max(abs(check.predicted), abs(check.actual)) > ROUNDING * watch.largest_loss
+
+
 def radius_at_bound(watch: Watch) -> Advice | None:
-    """Say that the radius has been at its floor or ceiling for `PINNED_CHECKS` checks."""
+    """Say that the radius has been at its floor or ceiling for `PINNED_CHECKS` checks.
+
+    Silent about a floor where other advice names the cause, and where a check did not see the loss change by more than
+    rounding, as in a run that has converged: such a step is not too large.
+    """
     last = list(watch.checks)[-PINNED_CHECKS:]
     if len(last) < PINNED_CHECKS:
         return None
     seen = f"{watch.radius:.3g}, for {PINNED_CHECKS} checks or more"
-    if all(check.at_low for check in last):
+    if all(check.at_low and check.actual != 0 and beyond_rounding(watch, check) for check in last):
+        if low_acceptance_rate(watch) or loss_not_repeatable(watch):
+            return None
         return Advice(
             "radius_floor",
             f"the radius is at its floor, {seen}: even the smallest step looks too large. Make sure that the loss "
-            "closure computes the loss of the same batch with the same dropout masks, and that no batch dwarfs the "
-            "others; if all is as it should be, lower the floor.",
+            "closure computes the loss that the gradients are of: the same batch, dropout masks, reduction and sign. "
+            "If it does, keep parameters in float32, as precision='bf16-mixed' does, since the floor is not below "
+            "their resolution; or lower the prior of the radius, as in RatioRadius(relative=0.02).",
         )
     if all(check.at_high for check in last):
         return Advice(
             "radius_ceiling",
             f"the radius is at its ceiling, {seen}: no step looks too large, so the ceiling decides, not the checks. "
-            "Raise the ceiling if training is slow; a larger radius changes nothing where the Fisher limits the step "
-            "(fisher/active_fraction near 1).",
+            "If training is slow, raise the prior of the radius, as in RatioRadius(relative=2.0): the ceiling is 10 "
+            "times that.",
         )
     return None
 
 
 def low_acceptance_rate(watch: Watch) -> Advice | None:
-    """Say that fewer than `LOW_RATE` of the last checks, `RATE_CHECKS` at least, were accepted."""
+    """Say that fewer than `LOW_RATE` of the last checks, `RATE_CHECKS` at least, were accepted.
+
+    Silent where other advice names the cause.
+    """
     checks, accepted = (sum(getattr(check, name) for check in watch.checks) for name in ("checks", "accepted"))
-    if checks < RATE_CHECKS or accepted >= LOW_RATE * checks:
+    if checks < RATE_CHECKS or accepted >= LOW_RATE * checks or loss_not_repeatable(watch):
         return None
     return Advice(
         "acceptance_rate",
         f"the acceptance rate is {accepted / checks:.2g}: {accepted} of the last {checks} checks were accepted, the "
         "others were rejects that cost trials and moved nothing. Make sure that the loss closure computes the loss "
-        "that the gradients are of: the same batch, dropout masks, reduction and sign. If it does, start with a "
-        "smaller radius, as in RatioRadius(start=...).",
+        "that the gradients are of, the same batch, dropout masks, reduction and sign, and that it is finite. If it "
+        "does, lower the prior of the radius, as in RatioRadius(relative=0.02).",
     )
 
 
@@ -218,9 +233,7 @@ def noisy_ratios(watch: Watch) -> Advice | None:
     ratios = [
         check.actual / check.predicted
         for check in watch.checks
-        if check.predicted != 0
-        and isfinite(check.predicted + check.actual)
-        and max(abs(check.predicted), abs(check.actual)) > ROUNDING * watch.largest_loss
+        if check.predicted != 0 and isfinite(check.predicted + check.actual) and beyond_rounding(watch, check)
     ]
     if len(ratios) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
         return None
