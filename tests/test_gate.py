@@ -166,6 +166,25 @@ def test_one_outlier_moves_no_mean_and_widens_no_more_than_its_limit():
         assert after[3] == pytest.approx(float(0.99 * (known[3] + 0.01 * limit**2)), rel=1e-12)
 
 
+@pytest.mark.xfail(
+    strict=True, reason="a variance of exactly 0 after the warm-up can never grow: gaps are clamped to 10 of it"
+)
+def test_ten_equal_losses_at_the_start_do_not_narrow_the_limit_of_the_loss_for_good():
+    """As at a radius far too small, on one batch or in 16 bits."""
+    norms, losses = steady(1000, spread=0.5)
+    assert not any(decisions(norms, [2.0] * WARM_UP + losses[WARM_UP:])[0][100:])
+
+
+@pytest.mark.xfail(strict=True, reason="a loss that is not known counts as one without deviation")
+@pytest.mark.parametrize("interval", [5, 20])
+def test_losses_that_are_not_known_do_not_narrow_the_limit_of_the_loss(interval):
+    """Without a closure the loss is known on checks only."""
+    norms, losses = steady(1000)
+    known = decisions(norms, losses)[1]
+    sparse = [loss if i < 40 or i % interval == 0 else None for i, loss in enumerate(losses)]
+    assert decisions(norms, sparse)[1][5] > 0.5 * known[5]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In SOAA
 
