@@ -22,7 +22,7 @@ class Unread:
         skipped: steps whose loss or gradient was not finite.
         outliers: steps that the gate left out.
         fresh: slope of the gradient that followed the last check; nan if that step was left out.
-        gate: what the outlier gate knows, shape (6,).
+        gate: what the outlier gate knows, shape (7,).
     """
 
     skipped: Tensor | None = None

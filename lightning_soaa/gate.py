@@ -21,12 +21,13 @@ MEAN_SHARE, VARIANCE_SHARE = 0.1, 0.01
 # leaves out more than 1 in 11 for long, and lets a lasting change in after three steps.
 EARNED, IN_A_ROW = 0.1, 3.0
 
-SIZE = 6  # gradients seen, right to leave out, mean and variance of log norm, mean and variance of loss
+# Gradients seen, losses seen, right to leave out, mean and variance of the log norm, mean and variance of the loss.
+SIZE = 7
 
 
 def fresh_gate(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return what the gate knows before the first gradient, shape (6,)."""
-    return torch.tensor([0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
+    """Return what the gate knows before the first gradient, shape (7,)."""
+    return torch.tensor([0.0, 0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
 
 
 def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,30 +37,28 @@ def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor
     may not be left out any more is a change of regime: the means start anew from it.
 
     Args:
-        known: what the gate knows, shape (6,); not modified.
+        known: what the gate knows, shape (7,); not modified.
         square: squared norm of the gradient, 0-d.
         loss: the loss it belongs to, 0-d, or None where it is not known.
         finite: 0-d bool; where it is false the gradient is none of the gate's business.
     """
-    seen, credit, *rest = known.unbind()
-    mean, variance = torch.stack([rest[0], rest[2]]), torch.stack([rest[1], rest[3]])
+    seen, credit, mean, variance = known[:2], known[2], known[3::2], known[4::2]
     usable = finite & (square > 0)
     norm = square.to(known.dtype).log() / 2
-    now = torch.stack([norm, mean[1] if loss is None else loss.to(known.dtype)])
-    gap = torch.where(usable, now - mean, 0.0)
+    there = torch.stack([usable, usable if loss is not None else torch.zeros_like(usable)])
+    gap = torch.where(there, torch.stack([norm, norm if loss is None else loss.to(known.dtype)]) - mean, 0.0)
     spread = variance.sqrt()
     limit = torch.stack([NORM_DEVIATIONS * spread[0] + log(NORM_FACTOR), LOSS_DEVIATIONS * spread[1]])
-    far = (gap[0] > limit[0]) | ((gap[1] > limit[1]) & (gap[0] > log(LOSS_FACTOR)))
-    far = far & usable & (seen >= WARM_UP)
+    warm = usable & (seen >= WARM_UP)
+    far = (warm[0] & (gap[0] > limit[0])) | (warm[1] & (gap[1] > limit[1]) & (gap[0] > log(LOSS_FACTOR)))
     outlier = far & (credit >= 1)
-    mild = torch.where(seen >= WARM_UP, gap.clamp(-limit, limit), gap)
-    share = (1 / (seen + 1)).clamp_min(MEAN_SHARE)
-    moved = torch.where(far, torch.where(outlier, 0.0, gap), share * mild)
-    share = (1 / (seen + 1)).clamp_min(VARIANCE_SHARE)
-    # The first gradient has nothing to deviate from.
-    widened = torch.where(seen > 0, (1 - share) * (variance + share * mild.square()), variance)
-    mean, variance = mean + moved, torch.where(usable, widened, variance)
-    counted = usable & ~outlier
-    credit = torch.where(outlier, credit - 1, torch.where(counted, (credit + EARNED).clamp_max(IN_A_ROW), credit))
-    seen = seen + counted.to(seen.dtype)
-    return outlier, torch.stack([seen, credit, mean[0], variance[0], mean[1], variance[1]])
+    newest = 1 / (seen + 1)
+    moved = torch.where(far, torch.where(outlier, 0.0, gap), newest.clamp_min(MEAN_SHARE) * gap)
+    share = newest.clamp_min(VARIANCE_SHARE)
+    widened = (1 - share) * (variance + share * torch.where(far, gap.clamp(-limit, limit), gap).square())
+    # The first of them has nothing to deviate from.
+    variance = torch.where(there & (seen > 0), widened, variance)
+    counted = there & ~outlier
+    credit = torch.where(outlier, credit - 1, torch.where(usable, (credit + EARNED).clamp_max(IN_A_ROW), credit))
+    pairs = torch.stack([mean + moved, variance], dim=1).flatten()
+    return outlier, torch.cat([seen + counted.to(seen.dtype), credit.reshape(1), pairs])

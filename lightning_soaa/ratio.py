@@ -1,8 +1,8 @@
 """RatioRadius: the radius that replaces the learning rate. Plain numbers only, as in :mod:`lightning_soaa.radius`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import ClassVar
 
 from lightning_soaa._checks import check_between, check_count, check_positive
@@ -15,7 +15,9 @@ FLOOR, CEILING = 1e-3, 10.0
 FIRST = 0.01
 # Below this share of the schedule's peak a step is too small to tell what the radius is worth at the peak.
 LATE = 0.05
-# Checks of burn-in that a radius may spend at its ceiling. Parameters that start at zero take some to get a scale.
+# Parameters smaller than this count as this large: where they start at zero they have no scale of their own yet.
+SMALLEST_RMS = 1e-3
+# Checks of burn-in in which a radius may be held, in steps of full length. Parameters from zero take some to grow.
 HELD = 20
 # Steady checks after which the distance between checks grows by `interval`, and how often it does so.
 STEADY, STRETCHES = 4, 3
@@ -47,7 +49,8 @@ class RatioRadius(AbstractRadius):
     square: the loss may come in any unit.
 
     Args:
-        start: the first radius, in units of lr, > 0 (default: 0.01); it is held between 1/1000 and 1/100 of the prior.
+        start: the first radius, in units of lr, > 0 (default: 0.01). One above 1/100 of the prior is lowered to that
+            before anything moves, one below 1/1000 raised to that after the first step.
         relative: the prior of the radius, in units of the parameters' root mean square, > 0 (default: 0.2).
         target: acceptance ratio that the radius is moved toward, in (0, 1) (default: 0.6).
         interval: steps from one check to the next after burn-in, >= 1 (default: 5). It stretches, up to four times,
@@ -82,14 +85,15 @@ class RatioRadius(AbstractRadius):
         """Return radius, phase, and the sums behind the means of eaten shares and fresh slopes.
 
         The phase is 2 before the first accepted step, 1 in burn-in, 0 after it. `scale` is the parameters' root mean
-        square when burn-in ended, 0 before; `steady` counts checks that neither grew nor shrank the radius.
+        square when burn-in ended, 0 before; `steady` counts checks that neither grew nor shrank the radius; `noise` is
+        that of the loss closure, as far as checks have shown it.
         """
         means = {"eaten": 0.0, "eaten_weight": 0.0, "fresh": 0.0, "fresh_weight": 0.0}
-        return {"radius": self.start * (lr or 1e-3), "phase": 2, "scale": 0.0, "steady": 0, **means}
+        return {"radius": self.start * (lr or 1e-3), "phase": 2, "scale": 0.0, "steady": 0.0, "noise": 0.0, **means}
 
     def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
         """Return True on every step of burn-in, later on every `interval`-th, or less often while all is steady."""
-        stretch = 1 + min(STRETCHES, numbers["steady"] // STEADY)
+        stretch = 1 + min(STRETCHES, int(numbers["steady"] // STEADY))
         return numbers["phase"] > 0 or unchecked_steps + 1 >= self.interval * stretch
 
     def update(self, numbers: Mapping[str, float], evidence: Evidence) -> Decision:
@@ -99,14 +103,16 @@ class RatioRadius(AbstractRadius):
         radius, first = numbers["radius"], numbers["phase"] == 2
         if evidence.predicted == 0 and radius > 0:  # no gradient, no schedule, or all masked: nothing to learn
             return Decision(new, accepted=True)
-        if first and radius > FIRST * prior > 0:
+        if first and radius > max(low, FIRST * prior):
             new["radius"] = max(low, FIRST * prior)
             return Decision(new, accepted=False, retry=evidence.attempt < self.max_trials)
+        new["noise"] = max(0.9 * numbers["noise"], surplus(evidence))
+        evidence = replace(evidence, noise=evidence.noise + new["noise"])
         at_floor = radius <= low
         if falls_short(evidence, 0.5 if first else -1.0) and not (at_floor and is_finite(evidence)):
             if numbers["phase"] == 1:
-                new |= {"phase": 0, "scale": evidence.parameter_rms}
-            new |= {"radius": max(low, radius * (0.25 if first else 0.5)), "steady": 0}
+                new |= {"phase": 0, "scale": prior / self.relative}
+            new |= {"radius": max(low, radius * (0.25 if first else 0.5)), "steady": 0.0}
             return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
         new |= self._means(numbers, evidence, at_floor=at_floor)
         new |= self._move(new, evidence, low=low, prior=prior, high=high)
@@ -118,8 +124,10 @@ class RatioRadius(AbstractRadius):
         The prior does not follow parameters that grow after burn-in: radius and parameters would push each other up.
         A step below the parameters' resolution would not arrive, so the floor is not below that.
         """
-        rms = evidence.parameter_rms
-        prior = self.relative * (min(rms, numbers["scale"]) if numbers["scale"] else rms)
+        scale = numbers["scale"] or inf
+        rms = evidence.parameter_rms if isfinite(evidence.parameter_rms) else min(1.0, scale)
+        rms = max(rms, SMALLEST_RMS)
+        prior = self.relative * min(rms, scale)
         return max(FLOOR * prior, evidence.resolution * rms), prior, CEILING * prior
 
     def _means(self, numbers: Mapping[str, float], evidence: Evidence, *, at_floor: bool) -> Numbers:
@@ -138,27 +146,28 @@ class RatioRadius(AbstractRadius):
         """Return radius, phase, scale and steady count after an accepted check."""
         excess, late = 1 - self.target, evidence.schedule <= LATE
         eaten, fresh = (new[name] / (new[f"{name}_weight"] or 1.0) for name in ("eaten", "fresh"))
-        long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess
-        short = eaten < excess * min(1.0, max(LATE, evidence.schedule))
         unknown = abs(evidence.predicted) <= evidence.noise
+        long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess and not unknown
+        short = eaten < excess * min(1.0, max(LATE, evidence.schedule))
         radius, phase, steady = new["radius"], int(new["phase"]), new["steady"]
         if phase:
-            held = radius >= (prior if late else high) > 0
-            steady = steady + 1 if held else 0
-            ends = long or steady > HELD or (radius >= prior > 0 and (unknown or not short))
+            ends = long or (radius >= prior and not (short or unknown))
+            held = radius >= (prior if late or unknown else high)
+            steady = steady + min(1.0, evidence.schedule) if held else 0.0
+            ends = ends or steady > HELD
             growth = 1.25 if eaten < excess / 2 else 1.1
-            radius *= 0.4 if long else 1.0 if ends or held else growth
-            phase, steady = (0, 0) if ends else (1, steady)
+            radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, high)
+            phase, steady = (0, 0.0) if ends else (1, steady)
         else:
             moves = long or (short and not (late or unknown))
-            steady = 0 if moves else steady + 1
+            steady = 0.0 if moves else steady + 1
             if long:
                 radius *= 0.7
             elif moves:
                 radius = min(1.2 * radius, max(radius, high))
             else:
                 radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
-        scale = evidence.parameter_rms if new["phase"] and not phase else new["scale"]
+        scale = prior / self.relative if new["phase"] and not phase else new["scale"]
         return {"radius": max(radius, low), "phase": phase, "scale": scale, "steady": steady}
 
 
@@ -176,6 +185,16 @@ def eaten_share(evidence: Evidence) -> float | None:
         return None
     eaten = evidence.predicted - (evidence.base - evidence.trial)
     return min(2.0, max(0.0, eaten / abs(evidence.predicted)))
+
+
+def surplus(evidence: Evidence) -> float:
+    """Return what a trial gained beyond twice the predicted reduction; negative if it did not gain as much.
+
+    A loss whose slope doubles along the step is rare: what is gained beyond that was the loss closure's own noise.
+    """
+    if evidence.trial is None or not isfinite(evidence.trial):
+        return 0.0
+    return evidence.base - evidence.trial - 2 * abs(evidence.predicted)
 
 
 def falls_short(evidence: Evidence, wanted: float) -> bool:

@@ -31,6 +31,7 @@ TRUST_REGION = {
     "trust_region/step_norm",
     "trust_region/trials",
     "trust_region/skipped_steps",
+    "trust_region/outlier_steps",
 }
 FISHER = {"fisher/mean", "fisher/min", "fisher/max", "fisher/trace", "fisher/active_fraction"}
 

@@ -24,7 +24,7 @@ class ReferenceSOAA:
             group["m"] = [np.zeros_like(x) for x in group["x"]]
             group["v"] = [np.zeros_like(x) for x in group["x"]]
             group["t"] = [0 for _ in group["x"]]
-        self.skipped, self.outliers, self.trials, self.gap = 0, 0, 0, None
+        self.skipped, self.outliers, self.trials, self.gap, self.noise = 0, 0, 0, None, 0.0
 
     def everything(self):
         for group in self.groups:
@@ -155,19 +155,21 @@ class ReferenceSOAA:
 
     def judge(self, promised, actual, loss, rms, f):
         """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
+        rms = max(rms, 1e-3)
         prior = self.options["relative"] * (min(rms, self.scale) if self.scale else rms)
         low, high = max(1e-3 * prior, np.finfo(float).eps * rms), 10 * prior
         if promised == 0 and self.d > 0:
             return True, False
-        if self.phase == 2 and self.d > 0.01 * prior > 0:
+        if self.phase == 2 and self.d > max(low, 0.01 * prior):
             self.d = max(low, 0.01 * prior)
             return False, True
-        noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap)
+        self.noise = max(0.9 * self.noise, actual - 2 * abs(promised) if np.isfinite(actual) else 0.0)
+        noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap) + self.noise
         floor, wanted = self.d <= low, 0.5 if self.phase == 2 else -1.0
         bad = not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise
         if bad and not (floor and np.isfinite(actual)):
             if self.phase == 1:
-                self.phase, self.scale = 0, rms
+                self.phase, self.scale = 0, prior / self.options["relative"]
             self.d, self.steady = max(low, self.d * (0.25 if self.phase == 2 else 0.5)), 0
             return False, not floor
         known = abs(promised) > noise
@@ -180,21 +182,21 @@ class ReferenceSOAA:
             self.fresh = [memory * old + (1 - memory) * new for old, new in zip(self.fresh, (slope, 1), strict=True)]
         eaten, slope = (a / b if b else 0.0 for a, b in (self.eaten, self.fresh))
         excess = 1 - self.options["target"]
-        long = self.eaten[1] > 0.5 and eaten > excess and eaten + slope > excess
+        long = known and self.eaten[1] > 0.5 and eaten > excess and eaten + slope > excess
         short = eaten < excess * min(1.0, max(0.05, f))
         if self.phase:
-            held = self.d >= (prior if f <= 0.05 else high) > 0
-            self.steady = self.steady + 1 if held else 0
-            ends = long or self.steady > 20 or (self.d >= prior > 0 and not (known and short))
+            held = self.d >= (prior if f <= 0.05 or not known else high)
+            self.steady = self.steady + min(1.0, f) if held else 0
+            ends = long or self.steady > 20 or (self.d >= prior and known and not short)
             if long:
                 self.d *= 0.4
             elif not ends and not held:
-                self.d *= 1.25 if eaten < excess / 2 else 1.1
+                self.d = min(self.d * (1.25 if eaten < excess / 2 else 1.1), high)
             if ends:
                 self.phase, self.steady = 0, 0
             else:
                 self.phase = 1
-            self.scale = rms if ends else self.scale
+            self.scale = prior / self.options["relative"] if ends else self.scale
         else:
             grows = short and known and f > 0.05
             self.steady = 0 if long or grows else self.steady + 1
@@ -214,24 +216,29 @@ class Gate:
     """Which gradients are left out: log norm or loss far above the mean of the recent ones."""
 
     def __init__(self):
-        self.seen, self.credit, self.means, self.variances = 0, 3.0, [0.0, 0.0], [0.0, 0.0]
+        self.seen, self.credit, self.means, self.variances = [0, 0], 3.0, [0.0, 0.0], [0.0, 0.0]
 
     def leaves_out(self, grads, loss):
         square = sum(np.sum(g * g) for gs in grads for g in gs)
+        return self.judge(square, loss)
+
+    def judge(self, square, loss):
         if square == 0:
             return False
-        gaps = [np.log(square) / 2 - self.means[0], loss - self.means[1]]
+        there = [0] if loss is None else [0, 1]
+        gaps = [np.log(square) / 2 - self.means[0], 0.0 if loss is None else loss - self.means[1]]
         limits = [6 * np.sqrt(self.variances[0]) + np.log(3), 10 * np.sqrt(self.variances[1])]
-        warm = self.seen >= 10
-        far = warm and (gaps[0] > limits[0] or (gaps[1] > limits[1] and gaps[0] > np.log(2)))
+        warm = [seen >= 10 for seen in self.seen]
+        far = (warm[0] and gaps[0] > limits[0]) or (warm[1] and gaps[1] > limits[1] and gaps[0] > np.log(2))
         out = far and self.credit >= 1
-        mild = [max(-b, min(b, a)) for a, b in zip(gaps, limits, strict=True)] if warm else gaps
-        mean_share, share = max(0.1, 1 / (self.seen + 1)), max(0.01, 1 / (self.seen + 1))
-        for k in range(2):
+        for k in there:
+            newest = 1 / (self.seen[k] + 1)
+            share = max(0.01, newest)
+            mild = max(-limits[k], min(limits[k], gaps[k])) if far else gaps[k]
             if not out:
-                self.means[k] += gaps[k] if far else mean_share * mild[k]
-            if self.seen:
-                self.variances[k] = (1 - share) * (self.variances[k] + share * mild[k] ** 2)
+                self.means[k] += gaps[k] if far else max(0.1, newest) * gaps[k]
+            if self.seen[k]:
+                self.variances[k] = (1 - share) * (self.variances[k] + share * mild**2)
+            self.seen[k] += not out
         self.credit = self.credit - 1 if out else min(3.0, self.credit + 0.1)
-        self.seen += not out
         return out

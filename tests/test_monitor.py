@@ -27,11 +27,11 @@ def net():
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
 
 
-def batches(count, poisoned=()):
+def batches(count, poisoned=(), by=nan):
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(count, 5, 3, generator=generator, dtype=torch.float64)
     for index in poisoned:
-        data[index] = nan
+        data[index] *= by
     return DataLoader(data, batch_size=None)
 
 
@@ -263,6 +263,14 @@ def test_a_nan_batch_shows_as_a_skipped_step(tmp_path):
     trainer(tmp_path).fit(Automatic(), batches(4, poisoned=[1]))
     assert [row["trust_region/skipped_steps"] for row in rows(tmp_path)] == [0, 1, 1, 1]
     assert [row["trust_region/step_norm"] == 0 for row in rows(tmp_path)] == [False, True, False, False]
+    assert [row["trust_region/outlier_steps"] for row in rows(tmp_path)] == [0, 0, 0, 0]
+
+
+def test_a_batch_far_out_shows_as_an_outlier_step(tmp_path):
+    trainer(tmp_path).fit(Manual(), batches(24, poisoned=[20], by=100))
+    assert [row["trust_region/outlier_steps"] for row in rows(tmp_path)] == 20 * [0] + 4 * [1]
+    assert [row["trust_region/skipped_steps"] for row in rows(tmp_path)] == 24 * [0]
+    assert [row["trust_region/step_norm"] == 0 for row in rows(tmp_path)] == [step == 20 for step in range(24)]
 
 
 def test_callbacks_can_monitor_a_key(tmp_path):

@@ -150,17 +150,10 @@ def test_layers_that_start_at_zero_get_going():
     assert 0.001 < problem.optimizer.radius < 2
 
 
-STUCK = pytest.mark.xfail(
-    strict=True, reason="burn-in ends where a reduction is rounding and the parameters are still next to zero"
-)
-
-
 @pytest.mark.parametrize(
     ("lr", "warm_up"),
     [
-        *((1e-3, 0), (1.0, 0), (1.0, 200)),
-        pytest.param(1e-6, 0, marks=STUCK),
-        pytest.param(1e-3, 200, marks=STUCK),
+        *((1e-6, 0), (1e-3, 0), (1.0, 0), (1e-3, 200), (1.0, 200)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -215,7 +208,6 @@ evidence = st.builds(
     numbers,
 )
 def test_radius_stays_between_floor_and_ceiling_whatever_the_checks_say(script, lr, resolution, rms):
-    """Growth of burn-in, by 1.25 at most, may pass the ceiling once."""
     rule = RatioRadius()
     kept = rule.init(lr)
     low, high = max(FLOOR * 0.2, resolution) * rms, CEILING * 0.2 * rms
@@ -228,10 +220,9 @@ def test_radius_stays_between_floor_and_ceiling_whatever_the_checks_say(script, 
         assert kept["phase"] in {0, 1, 2}
         assert (kept["radius_low"], kept["radius_high"]) == pytest.approx((low, high), rel=1e-12)
         if kept["phase"] < 2:  # the first radius is not held before the first check that promises something
-            assert low * (1 - 1e-12) <= kept["radius"] <= 1.25 * high
+            assert low * (1 - 1e-12) <= kept["radius"] <= high * (1 + 1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="growth of burn-in is not held at the ceiling: 1.25 times it at most")
 def test_burn_in_ends_at_the_ceiling():
     rule = RatioRadius()
     kept = rule.init(1e-3)
@@ -263,7 +254,7 @@ def test_loss_falls_and_the_radius_stays_finite_under_every_schedule(schedule, l
         assert 0 < problem.optimizer.radius < math.inf
         if phase(problem) < 2:
             low, high = bounds(problem)
-            assert low <= problem.optimizer.radius <= 1.25 * high
+            assert low <= problem.optimizer.radius <= high * (1 + 1e-12)
     # The exponential schedule ends before burn-in does.
     assert true_loss(problem) < (0.9 if schedule.startswith("exp") else 0.2) * first
     assert torch.isfinite(flat(problem)).all()
@@ -284,21 +275,18 @@ def test_a_schedule_that_shrinks_the_step_does_not_make_the_radius_grow():
 # Faults
 
 
-@pytest.mark.parametrize("noise", [0.05, 1.0])
+@pytest.mark.parametrize("noise", [0.02, 0.05, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_in_the_loss_closure_does_not_stop_training(noise, seed):
     problem, generator = Problem(RatioRadius()), torch.Generator().manual_seed(seed)
-    first, previous = true_loss(problem), math.inf
-    for _ in range(4):
-        for _ in range(100):
-            problem.optimizer.step(
-                problem.closure,
-                loss_closure=lambda: problem.loss() + noise * torch.randn((), generator=generator, dtype=torch.float64),
-            )
-            problem.batch += 1
-        assert true_loss(problem) < previous
-        previous = true_loss(problem)
-    assert previous < first
+    first = true_loss(problem)
+    for _ in range(400):
+        problem.optimizer.step(
+            problem.closure,
+            loss_closure=lambda: problem.loss() + noise * torch.randn((), generator=generator, dtype=torch.float64),
+        )
+        problem.batch += 1
+    assert true_loss(problem) < 0.1 * first
 
 
 def test_a_loss_closure_of_nothing_but_noise_does_not_stop_training():
@@ -365,9 +353,6 @@ def test_16_bit_parameters_are_trained_and_the_radius_does_not_collapse(dtype, l
     assert sorted(radii[-100:])[50] > low
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the floor of bfloat16 is above 1/100 of the prior: no first radius is ever tried"
-)
 def test_bfloat16_parameters_are_trained_from_a_large_lr():
     problem = Problem(RatioRadius(), dtype=torch.bfloat16, lr=10.0)
     first = true_loss(problem)
@@ -418,4 +403,4 @@ def test_checks_become_as_rare_as_they_may_where_they_tell_nothing():
     assert gaps[:burn_in] == [1] * burn_in
     assert gaps[burn_in:] == [5] * 4 + [10] * 4 + [15] * 4 + [20] * (len(gaps) - burn_in - 12)
     assert problem.calls["loss"] == problem.optimizer.last_step.total_trials
-    assert problem.optimizer.radius == pytest.approx(0.2 * problem.optimizer.param_groups[0]["rule_scale"], rel=1e-9)
+    assert problem.optimizer.radius == pytest.approx(problem.optimizer.param_groups[0]["radius_high"] / 10, rel=1e-9)

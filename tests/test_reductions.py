@@ -159,8 +159,9 @@ DECISIONS = {
         {"accepted": False, "retry": False, "radius": LOW, "phase": 2},
     ),
     "one below the floor is taken, and lifted": ({"radius": 1e-8}, {"actual": -9.0}, {"radius": LOW, "phase": 1}),
-    "parameters at zero have no scale": ({"radius": 0.01}, {"rms": 0.0}, {**GROWS, "phase": 1}),
-    "and no floor": ({"radius": 1e-8}, {"rms": 0.0, "actual": 0.4}, {**RETRY, "factor": 0.25, "phase": 2}),
+    "parameters at zero count as of size 1/1000": ({"radius": 1e-6}, {"rms": 0.0}, {**GROWS, "phase": 1}),
+    "and have a floor": ({"radius": 1e-8}, {"rms": 0.0, "actual": 0.4}, {"radius": 2e-7, "phase": 1}),
+    "parameters that are infinite count as of size 1": ({"radius": FIRST}, {"rms": math.inf}, {**GROWS, "phase": 1}),
     # Burn-in
     "growth goes on below the prior": ({"phase": 1, "radius": 0.01}, {}, GROWS),
     "slowly where curvature eats a fifth and more": (
@@ -188,8 +189,19 @@ DECISIONS = {
     "arrived, and nothing is known": (
         {"phase": 1, "radius": 0.21},
         {"noise": 1.0},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 1},
+    ),
+    "nor for 20 checks": (
+        {"phase": 1, "radius": 0.21, "steady": 20},
+        {"noise": 1.0},
         {**STAYS, "factor": 1.0, "phase": 0, "scale": 1.0},
     ),
+    "checks of short steps count as little": (
+        {"phase": 1, "radius": 0.21, "steady": 20},
+        {"noise": 1.0, "schedule": 0.0},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 20},
+    ),
+    "growth ends at the ceiling": ({"phase": 1, "radius": 1.9}, {}, {**STAYS, "radius": HIGH, "phase": 1}),
     "not arrived, and nothing is known": ({"phase": 1, "radius": 0.1}, {"noise": 1.0}, GROWS),
     "curvature eats too much and no slope is left": (
         {"phase": 1, "radius": 0.04, "eaten": 0.6},
@@ -240,7 +252,7 @@ DECISIONS = {
     "late in the schedule the prior is the ceiling": (
         {"phase": 1, "radius": PRIOR},
         {"schedule": 0.04},
-        {**STAYS, "factor": 1.0, "phase": 1, "steady": 1},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 0.04},
     ),
     "below it a late burn-in grows": ({"phase": 1, "radius": 0.1}, {"schedule": 0.04}, GROWS),
     "early in a warm-up an eaten share of the schedule's is the target": (
@@ -320,6 +332,22 @@ DECISIONS = {
         {"actual": -1.1},
         {**RETRY, "factor": 0.5, "steady": 0, "mean": 0.0},
     ),
+    "a gain of more than twice the promise was noise": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.4},
+        {"actual": 2.8},
+        {"accepted": True, "noise": 0.8, "factor": 1.2},
+    ),
+    "which is forgiven": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.4, "noise": 0.9},
+        {"actual": -1.8},
+        {"accepted": True, "noise": 0.81},
+    ),
+    "but no more": ({"phase": 0, "radius": 0.04, "noise": 0.9}, {"actual": -1.82}, {**RETRY, "factor": 0.5}),
+    "where it exceeds the promise nothing is known": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.6, "noise": 2.0},
+        {"actual": 0.0},
+        {"factor": 1.1, "mean": 0.6},
+    ),
     "rounding is forgiven": (
         {"phase": 0, "radius": 0.04, "eaten": 0.4},
         {"actual": -1.1, "noise": 0.2},
@@ -376,6 +404,7 @@ def test_ratio_radius_decides(name):
         **{"radius": before["radius"], "phase": phase, "steady": before.get("steady", 0)},
         **{"eaten": eaten, "eaten_weight": weight, "fresh": slope, "fresh_weight": weight},
         "scale": before.get("scale", 0.0 if phase else 1.0),
+        "noise": before.get("noise", 0.0),
     }
     check = {"actual": 1.0, "rms": 1.0, **check}
     actual, rms = check.pop("actual"), check.pop("rms")
