@@ -240,3 +240,16 @@ def assert_same(one, other, path=""):
         pass
     else:
         assert one == other or (one != one and other != other), path
+
+
+def manual_step(module, batch, trial):
+    """Step a module's only optimizer by hand, with `trial` as loss closure; return the loss."""
+    optimizer = module.optimizers()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module.loss(batch)
+        module.manual_backward(loss)
+        return loss
+
+    return optimizer.step(closure, loss_closure=trial)

@@ -64,6 +64,20 @@ class Problem:
         return facts
 
 
+def drive(optimizer, loss, steps=1):
+    """Step `optimizer` on `loss`, a function of nothing; return the last loss before a step."""
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(steps):
+        value = optimizer.step(closure, loss_closure=loss)
+    return value.item()
+
+
 def assert_same(left, right, *, but=()):
     """Equal keys, equal bits."""
     assert left.keys() == right.keys()

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_models import QUIET
+from lightning_models import QUIET, manual_step
 from test_host_syncs import CountReads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -376,15 +376,7 @@ class Manual(Digits):
         self.automatic_optimization, self.trial = False, trial
 
     def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-
-        def closure():
-            optimizer.zero_grad()
-            loss = self.loss(batch)
-            self.manual_backward(loss)
-            return loss
-
-        optimizer.step(closure, loss_closure=lambda: self.trial(self, batch))
+        manual_step(self, batch, lambda: self.trial(self, batch))
 
 
 def noisy(module, batch):

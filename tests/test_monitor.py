@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning_models import FISHER, TRUST_REGION
+from lightning_models import FISHER, TRUST_REGION, manual_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -63,16 +63,8 @@ class Manual(Automatic):
         self.reports = []
 
     def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-
-        def closure():
-            optimizer.zero_grad()
-            loss = self.loss(batch)
-            self.manual_backward(loss)
-            return loss
-
-        self.log("loss", optimizer.step(closure, loss_closure=lambda: self.loss(batch)))
-        self.reports.append(optimizer.optimizer.last_step)
+        self.log("loss", manual_step(self, batch, lambda: self.loss(batch)))
+        self.reports.append(self.optimizers().optimizer.last_step)
 
 
 class Counting(torch.optim.SGD):

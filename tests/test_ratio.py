@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Problem as Noise
+from problems import drive
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -94,16 +95,7 @@ def scaled(unit, steps):
     y = x @ torch.randn(5, generator=generator, dtype=torch.float64)
     w = nn.Parameter(torch.full((5,), 0.3, dtype=torch.float64) * unit)
     optimizer = SOAA([w], eps=1e-3)
-    loss_closure = lambda: (x @ w / unit - y).square().mean()  # noqa: E731
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_closure()
-        loss.backward()
-        return loss
-
-    for _ in range(steps):
-        optimizer.step(closure, loss_closure=loss_closure)
+    drive(optimizer, lambda: (x @ w / unit - y).square().mean(), steps)
     return w.detach() / unit
 
 
@@ -164,17 +156,8 @@ def test_a_model_that_starts_at_zero_is_solved(dtype, lr, warm_up):
     w = nn.Parameter(torch.zeros(6, dtype=dtype))
     optimizer, losses = SOAA([w], lr=lr), []
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / warm_up) if warm_up else 1.0)
-    loss_closure = lambda: (x @ w.float() - y).square().mean()  # noqa: E731
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_closure()
-        loss.backward()
-        losses.append(loss.item())
-        return loss
-
     for _ in range(400):
-        optimizer.step(closure, loss_closure=loss_closure)
+        losses.append(drive(optimizer, lambda: (x @ w.float() - y).square().mean()))
         scheduler.step()
     assert losses[-1] < 1e-2 * losses[0]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from problems import RULES, Problem, assert_same
+from problems import RULES, Problem, assert_same, drive
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -43,20 +43,6 @@ INPUTS = [
 ]
 each_input = pytest.mark.parametrize(("kwargs", "rule"), [row[1:] for row in INPUTS], ids=[row[0] for row in INPUTS])
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-def drive(optimizer, loss, steps=1):
-    """Step `optimizer` on `loss`, a function of nothing; return the last loss before a step."""
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    for _ in range(steps):
-        value = optimizer.step(closure, loss_closure=loss)
-    return value.item()
 
 
 def noise(*shape, dtype=torch.float64, seed=0):
