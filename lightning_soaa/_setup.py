@@ -23,13 +23,6 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
     Raises:
         ValueError: the text names the flag and the remedy.
     """
-    if module._soaa_choice:
-        refuse(
-            "automatic_optimization",
-            "left unset",
-            "True",
-            "automatic mode is not supported yet: remove the assignment (set it to False only to step SOAA yourself)",
-        )
     kind = type(trainer.strategy).__name__
     if not _compat.is_lightning(trainer.strategy, frozenset({"SingleDeviceStrategy"})):
         refuse("Trainer(strategy=...)", "on a single device", kind, "not supported yet: use devices=1, strategy='auto'")
@@ -41,12 +34,12 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
         refuse(
             "Trainer(precision=...)", supported, f"{plugin.precision} with a GradScaler", "use precision='bf16-mixed'"
         )
-    if module._compiler_ctx is not None:
+    if module._soaa_choice is None and module._compiler_ctx is not None:
         refuse(
             "torch.compile",
             "applied to parts of the LightningModule",
             "the whole module",
-            "compile a part, as in self.net = torch.compile(self.net)",
+            "set automatic_optimization = True, or compile a part, as in self.net = torch.compile(self.net)",
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         refuse(

@@ -132,6 +132,12 @@ class Mixed(SOAAMixin, Net):
     pass
 
 
+class Automatic(Mixed):
+    """The same, in automatic mode."""
+
+    automatic_optimization = True
+
+
 class Mute(TrustRegionMonitor):
     """Stands in for the monitor, whose rows would double the time of a run, in tests that are not about it."""
 
