@@ -5,8 +5,9 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lightning_soaa import _automatic, _compat
+from lightning_soaa import _automatic, _compat, _manual
 from lightning_soaa._closures import AROUND, HANDED_OVER, Window, run_batch
 from lightning_soaa._setup import make_soaa, refuse_unsupported, with_monitor, with_soaa
 from lightning_soaa.optimizer import SOAA
@@ -39,7 +40,7 @@ class SOAAMixin(_Base):
 
     A module that sets ``automatic_optimization = True`` itself gets the same trust region on Lightning's own closure,
     through the hook ``optimizer_step``; ``torch.compile`` of the whole module needs that. One that sets it to False is
-    left alone.
+    left alone: it steps one or several SOAA by :meth:`soaa_step`, and adds a monitor if it wants one.
 
     Raises:
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
@@ -93,6 +94,34 @@ class SOAAMixin(_Base):
                 holds (lr, weight decay, betas) wins over options given to SOAA here, as everywhere in torch.
         """
         return SOAA(params)
+
+    def soaa_step(self, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Tensor:
+        """Take one step of one of several optimizers, in a module that sets ``automatic_optimization = False``.
+
+        It zeroes the optimizer's gradients, calls `loss_fn` and :meth:`manual_backward`, and steps: one global step. To
+        clip gradients, call :meth:`clip_gradients` in ``on_before_optimizer_step``.
+
+        .. code-block:: python
+
+            def training_step(self, batch, batch_idx):
+                generator, discriminator = self.optimizers()
+                self.soaa_step(discriminator, lambda: self.discriminator_loss(batch))
+                self.soaa_step(generator, lambda: self.generator_loss(batch))
+
+        Args:
+            optimizer: a SOAA, or what :meth:`optimizers` returns of it; of several, each has a radius of its own.
+            loss_fn: computes the loss of the batch, with gradients, and returns it. A trial calls it again, without
+                gradients and without a trace: random streams, buffers, metrics and logs are put back.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            TypeError: `optimizer` is no SOAA, or `loss_fn` is not callable or returns no tensor of one element.
+            ValueError: the module does not set ``automatic_optimization = False``, or `optimizer` is not one of those
+                that `configure_optimizers` returned.
+        """
+        return _manual.soaa_step(self, optimizer, loss_fn)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as LightningModule does; nothing in a trial."""

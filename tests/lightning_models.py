@@ -64,6 +64,25 @@ class EveryStep(AbstractRadius):
         return Decision(dict(numbers), accepted=self.accept)
 
 
+@dataclass(frozen=True)
+class Remember(AbstractRadius):
+    """Checks on every step, remembers (base, trial) of each and accepts."""
+
+    needs_trial: ClassVar[bool] = True
+    seen: list = field(default_factory=list, compare=False)
+
+    def init(self, lr):
+        return {"radius": 1.0}
+
+    def update(self, numbers, evidence):
+        self.seen.append((evidence.base, evidence.trial))
+        return Decision(dict(numbers), accepted=True)
+
+
+class Tape(list):
+    """A list that the guards of a trial leave alone, so that it counts trials too."""
+
+
 ACCEPT, REJECT = EveryStep(), EveryStep(accept=False)
 
 

@@ -1,8 +1,6 @@
 """Automatic mode: the same trust region on Lightning's own closure, for a module that asks for it."""
 
 import random
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +11,8 @@ from lightning_models import (
     Automatic,
     Mixed,
     Net,
+    Remember,
+    Tape,
     assert_same,
     loader,
     make_trainer,
@@ -22,28 +22,8 @@ from lightning_models import (
 
 from lightning_soaa import FixedRadius, PublishedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
-from lightning_soaa.radius import AbstractRadius, Decision
 
 pytestmark = QUIET
-
-
-class Tape(list):
-    """A list that the guards of a trial leave alone, so that it counts trials too."""
-
-
-@dataclass(frozen=True)
-class Remember(AbstractRadius):
-    """Checks on every step, remembers (base, trial) of each and accepts."""
-
-    needs_trial: ClassVar[bool] = True
-    seen: list = field(default_factory=list, compare=False)
-
-    def init(self, lr):
-        return {"radius": 1.0}
-
-    def update(self, numbers, evidence):
-        self.seen.append((evidence.base, evidence.trial))
-        return Decision(dict(numbers), accepted=True)
 
 
 class Counted(Automatic):
