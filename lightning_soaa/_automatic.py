@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_soaa import _compat
-from lightning_soaa._closures import Replay, Window, soaa_of, trial_loss, warn_of_edits
+from lightning_soaa._closures import AROUND, HANDED_OVER, Replay, Window, soaa_of, trial_loss, warn_of_edits
 from lightning_soaa.trial import capture_random, own_containers, versions
 
 
@@ -18,9 +18,12 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
     """Keep what a trial needs of the batch that the loop is about to run."""
     trainer = module.trainer
     optimizer = soaa_of(trainer)
+    if _compat.forward_only(trainer):
+        return
+    module._soaa_phase = HANDED_OVER
     if module._soaa_window is None or _compat.make_zero_grad(trainer, optimizer) is not None:
         module._soaa_window = Window()
-    if optimizer.radius_rule.needs_trial and not _compat.forward_only(trainer):
+    if optimizer.radius_rule.needs_trial:
         arguments = _compat.step_arguments(trainer, batch, batch_idx)
         if not module._soaa_batch_seen:
             module._soaa_batch_versions = versions(arguments)
@@ -29,8 +32,11 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
 
 
 def end_batch(module: Any, outputs: Any) -> None:
-    """Enter the loss of a batch on which the optimizer did not step; `outputs` is what hooks are given of it."""
-    if module._soaa_window is not None:
+    """Enter the loss of a batch on which the optimizer did not step; `outputs` is what hooks are given of it.
+
+    Lightning calls that hook also for a batch that it has not run, because it is None.
+    """
+    if module._soaa_phase == HANDED_OVER:
         _enter(module, module._soaa_window, (outputs or {}).get("loss"))
 
 
@@ -65,6 +71,7 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
 
 def _enter(module: Any, window: Window, loss: Tensor | None) -> None:
     """Add the loss of the newest micro-batch to those of its window; one without a loss is not evaluated again."""
+    module._soaa_phase = AROUND
     if window.replays and not module._soaa_batch_seen:
         warn_of_edits(module.trainer, module._soaa_batch_versions, window.replays[-1].arguments)
         module._soaa_batch_seen = True

@@ -235,7 +235,7 @@ def make_trainer(callbacks=(), **kwargs):
 def fit(module, callbacks=(), validate=False, data=None, ckpt_path=None, **kwargs):
     """Train `module` from a fixed seed of all random streams and return the run."""
     trainer, rows = make_trainer(callbacks, **kwargs)
-    trainer.fit(module, data or loader(), loader(1, 2) if validate else None, ckpt_path=ckpt_path)
+    trainer.fit(module, loader() if data is None else data, loader(1, 2) if validate else None, ckpt_path=ckpt_path)
     return Run(module, trainer, rows.rows, (torch.get_rng_state(), random.getstate(), np.random.get_state()))
 
 
