@@ -50,6 +50,23 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
         )
 
 
+def refuse_foreign_state(checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint to resume from whose optimizer was not SOAA.
+
+    Raises:
+        ValueError: the text says how to start from its weights.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        group = state.get("param_groups", [{}])[0]
+        if "radius" not in group:
+            refuse(
+                "fit(ckpt_path=...)",
+                "a checkpoint of a run with SOAA",
+                f"one of another optimizer with {', '.join(sorted(group.keys() - {'params'}))}",
+                "to start from its weights, load them with load_from_checkpoint and leave ckpt_path out",
+            )
+
+
 def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     """Return the module's `callbacks` and a TrustRegionMonitor, unless there or among those `present` is one."""
     from lightning_soaa.monitor import TrustRegionMonitor
@@ -91,7 +108,9 @@ def with_soaa(module: Any, config: Any) -> Any:
     old = getattr(found[0], "optimizer", found[0])  # LightningOptimizer wraps
     if isinstance(old, SOAA):
         return config
-    new = make_soaa(module, [kept_options(group) for group in old.param_groups])
+    # An optimizer that outlives a fit, as LightningCLI's does, goes on in the next one; so does what replaces it.
+    new = vars(old).get("_soaa_replacement") or make_soaa(module, [kept_options(group) for group in old.param_groups])
+    vars(old)["_soaa_replacement"] = new
     move_schedulers(config, old, new)
     _accept_schedulers(new)
     if module._trainer is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_soaa import _automatic, _compat, _manual
 from lightning_soaa._closures import AROUND, HANDED_OVER, Window, run_batch
-from lightning_soaa._setup import make_soaa, refuse_unsupported, with_monitor, with_soaa
+from lightning_soaa._setup import make_soaa, refuse_foreign_state, refuse_unsupported, with_monitor, with_soaa
 from lightning_soaa.optimizer import SOAA
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class SOAAMixin(_Base):
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
         ValueError: at the start of a fit, for what it does not carry: several processes, precision "16-mixed" and
             plugins it does not know, several optimizers, ``torch.compile`` of the whole module where
-            ``automatic_optimization`` is not set, ``dataloader_iter``. The text names flag and remedy.
+            ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
+            text names flag and remedy.
 
     Does not undo, after a trial, what `training_step` does outside of the module: see :attr:`in_trial`.
     """
@@ -188,8 +190,17 @@ def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
     if trainer is None or not _compat.is_fitting(trainer):
         return callbacks
     refuse_unsupported(module, trainer)
+    _adopt_configure_optimizers(module)
     module._soaa_phase, module._soaa_window, module._soaa_batch_seen = AROUND, None, False
     return with_monitor(callbacks, trainer.callbacks)
+
+
+def _adopt_configure_optimizers(module: SOAAMixin) -> None:
+    """Take over a `configure_optimizers` that was put on the instance, as LightningCLI does."""
+    own = vars(module).get("configure_optimizers")
+    if own is not None and not getattr(own, "_soaa_outermost", False):
+        hook = _outermost("configure_optimizers", lambda _: own(), _configure_optimizers)
+        vars(module)["configure_optimizers"] = MethodType(hook, module)
 
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
@@ -197,6 +208,13 @@ def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
     return with_soaa(module, inner())
+
+
+def _on_load_checkpoint(module: SOAAMixin, inner: Act, checkpoint: dict[str, Any]) -> Any:
+    """Refuse to go on with another optimizer's run, before anything is loaded."""
+    if module._trainer is not None and _compat.is_fitting(module._trainer):
+        refuse_foreign_state(checkpoint)
+    return inner(checkpoint)
 
 
 def _on_train_batch_start(module: SOAAMixin, inner: Act, batch: Any, batch_idx: int) -> Any:
@@ -235,6 +253,7 @@ def _on_train_batch_end(module: SOAAMixin, inner: Act, outputs: Any, *args: Any)
 _ACTS: dict[str, Act] = {
     "configure_callbacks": _configure_callbacks,
     "configure_optimizers": _configure_optimizers,
+    "on_load_checkpoint": _on_load_checkpoint,
     "on_train_batch_start": _on_train_batch_start,
     "training_step": _training_step,
     "optimizer_step": _optimizer_step,
@@ -244,6 +263,7 @@ _ACTS: dict[str, Act] = {
 _LEFT_ALONE: dict[str, tuple[bool | None, ...]] = {
     "configure_callbacks": (False,),
     "configure_optimizers": (False,),
+    "on_load_checkpoint": (False,),
     "on_train_batch_start": (False,),
     "training_step": (False, True),
     "optimizer_step": (False, None),
