@@ -50,7 +50,9 @@ class SOAAMixin(_Base):
             ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
             text names flag and remedy.
 
-    Does not undo, after a trial, what `training_step` does outside of the module: see :attr:`in_trial`.
+    Does not undo, after a trial, what `training_step` does outside of the module, nor parameters that it moves itself,
+    such as a teacher's. A trial starts from the attributes that the batch left, such as a hidden state that is carried
+    on. For both see :attr:`in_trial`.
     """
 
     # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.
