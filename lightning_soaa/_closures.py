@@ -111,7 +111,7 @@ def _optimize(
             closure()
     else:
         if optimizer.radius_rule.needs_trial:
-            optimizer.bind_loss_closure(partial(_trial_loss, module, window))
+            optimizer.bind_loss_closure(partial(trial_loss, module, window))
         _compat.optimizer_step(trainer, closure)
         module._soaa_window = None
         window.replays.clear()  # an `optimizer_step` of the user's that took none leaves the loss closure bound
@@ -139,19 +139,25 @@ def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], 
     before = None if module._soaa_batch_seen else versions(arguments)
     with _compat.training_step_context(module):
         result = _compat.result_of(trainer, step(*arguments))
-    if before is not None and before != versions(kept.arguments):
-        _compat.warn(
-            trainer,
-            "SOAAMixin: `training_step` edits its batch in place. A trial sees the edited batch, so that acceptance "
-            "ratios compare two different losses; edit a copy.",
-        )
+    if before is not None:
+        warn_of_edits(trainer, before, kept.arguments)
     module._soaa_batch_seen = True
     if result.loss is not None:
         window.replays.append(kept)
     return result
 
 
-def _trial_loss(module: Any, window: Window) -> Tensor:
+def warn_of_edits(trainer: Any, before: list[int], arguments: tuple[Any, ...]) -> None:
+    """Warn if the tensors of a batch are no longer what they were `before`."""
+    if before != versions(arguments):
+        _compat.warn(
+            trainer,
+            "SOAAMixin: `training_step` edits its batch in place. A trial sees the edited batch, so that acceptance "
+            "ratios compare two different losses; edit a copy.",
+        )
+
+
+def trial_loss(module: Any, window: Window) -> Tensor:
     """Return the loss of a window's micro-batches at the current parameters, without a trace.
 
     A `training_step` that returns None here, where it returned a loss before, has met a bad point: the loss is nan.

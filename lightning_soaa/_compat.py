@@ -1,11 +1,12 @@
 """The one place that knows Lightning's internals. Imports neither package, so that a module of either one works.
 
-Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate`` and, of
-``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_optimizer_step``, ``optim_progress``,
+Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
+of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_optimizer_step``, ``optim_progress``,
 ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``; ``_current_fx_name`` and
 ``_compiler_ctx`` of a module.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
@@ -59,6 +60,11 @@ def level_steps(trainer: Any) -> None:
     """Set the count of steps that ``global_step`` reads inside a batch to the one it reads around it."""
     total = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
     total.ready = total.completed = automatic_loop(trainer).optim_progress.optimizer_steps
+
+
+def step_arguments(trainer: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """Return what `training_step` will be called with: the batch, and its index if it takes that."""
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
 
 
 def result_of(trainer: Any, output: Any) -> Any:

@@ -23,13 +23,6 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
     Raises:
         ValueError: the text names the flag and the remedy.
     """
-    if module._soaa_choice:
-        refuse(
-            "automatic_optimization",
-            "left unset",
-            "True",
-            "automatic mode is not supported yet: remove the assignment (set it to False only to step SOAA yourself)",
-        )
     kind = type(trainer.strategy).__name__
     if not _compat.is_lightning(trainer.strategy, frozenset({"SingleDeviceStrategy"})):
         refuse("Trainer(strategy=...)", "on a single device", kind, "not supported yet: use devices=1, strategy='auto'")
@@ -41,12 +34,12 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
         refuse(
             "Trainer(precision=...)", supported, f"{plugin.precision} with a GradScaler", "use precision='bf16-mixed'"
         )
-    if module._compiler_ctx is not None:
+    if module._soaa_choice is None and module._compiler_ctx is not None:
         refuse(
             "torch.compile",
             "applied to parts of the LightningModule",
             "the whole module",
-            "compile a part, as in self.net = torch.compile(self.net)",
+            "set automatic_optimization = True, or compile a part, as in self.net = torch.compile(self.net)",
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         refuse(
@@ -55,6 +48,23 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
             "the signature with dataloader_iter",
             "a trial needs the batch again: use training_step(self, batch, batch_idx)",
         )
+
+
+def refuse_foreign_state(checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint to resume from whose optimizer was not SOAA.
+
+    Raises:
+        ValueError: the text says how to start from its weights.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        group = state.get("param_groups", [{}])[0]
+        if "radius" not in group:
+            refuse(
+                "fit(ckpt_path=...)",
+                "a checkpoint of a run with SOAA",
+                f"one of another optimizer with {', '.join(sorted(group.keys() - {'params'}))}",
+                "to start from its weights, load them with load_from_checkpoint and leave ckpt_path out",
+            )
 
 
 def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
@@ -98,7 +108,9 @@ def with_soaa(module: Any, config: Any) -> Any:
     old = getattr(found[0], "optimizer", found[0])  # LightningOptimizer wraps
     if isinstance(old, SOAA):
         return config
-    new = make_soaa(module, [kept_options(group) for group in old.param_groups])
+    # An optimizer that outlives a fit, as LightningCLI's does, goes on in the next one; so does what replaces it.
+    new = vars(old).get("_soaa_replacement") or make_soaa(module, [kept_options(group) for group in old.param_groups])
+    vars(old)["_soaa_replacement"] = new
     move_schedulers(config, old, new)
     _accept_schedulers(new)
     if module._trainer is not None:

@@ -1,14 +1,16 @@
 """SOAAMixin: gives a LightningModule the optimizer SOAA and hands it the loss closures, with every Trainer flag."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lightning_soaa import _compat
+from lightning_soaa import _automatic, _compat, _manual
 from lightning_soaa._closures import AROUND, HANDED_OVER, Window, run_batch
-from lightning_soaa._setup import make_soaa, refuse_unsupported, with_monitor, with_soaa
+from lightning_soaa._setup import make_soaa, refuse_foreign_state, refuse_unsupported, with_monitor, with_soaa
 from lightning_soaa.optimizer import SOAA
 
 if TYPE_CHECKING:
@@ -37,15 +39,20 @@ class SOAAMixin(_Base):
     schedulers, clipping, accumulation, checkpoints and hooks are Lightning's own, as under automatic optimization. The
     same hooks run on the same values in the same order, and ``optimizer_step`` may be overridden.
 
-    A module that sets ``automatic_optimization = False`` itself is left alone.
+    A module that sets ``automatic_optimization = True`` itself gets the same trust region on Lightning's own closure,
+    through the hook ``optimizer_step``; ``torch.compile`` of the whole module needs that. One that sets it to False is
+    left alone: it steps one or several SOAA by :meth:`soaa_step`, and adds a monitor if it wants one.
 
     Raises:
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
         ValueError: at the start of a fit, for what it does not carry: several processes, precision "16-mixed" and
-            plugins it does not know, several optimizers, ``torch.compile`` of the whole module, ``dataloader_iter``,
-            and ``automatic_optimization = True``. The text names flag and remedy.
+            plugins it does not know, several optimizers, ``torch.compile`` of the whole module where
+            ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
+            text names flag and remedy.
 
-    Does not undo, after a trial, what `training_step` does outside of the module: see :attr:`in_trial`.
+    Does not undo, after a trial, what `training_step` does outside of the module, nor parameters that it moves itself,
+    such as a teacher's. A trial starts from the attributes that the batch left, such as a hidden state that is carried
+    on. For both see :attr:`in_trial`.
     """
 
     # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.
@@ -53,6 +60,7 @@ class SOAAMixin(_Base):
     _soaa_phase: str = AROUND
     _soaa_in_trial: bool = False
     _soaa_batch_seen: bool = False
+    _soaa_batch_versions: Sequence[int] = ()
     _soaa_window: Window | None = None
     _soaa_hooks_inside: frozenset[str] = frozenset()
     _soaa_default_dtype: torch.dtype = torch.float32
@@ -90,6 +98,34 @@ class SOAAMixin(_Base):
                 holds (lr, weight decay, betas) wins over options given to SOAA here, as everywhere in torch.
         """
         return SOAA(params)
+
+    def soaa_step(self, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Tensor:
+        """Take one step of one of several optimizers, in a module that sets ``automatic_optimization = False``.
+
+        It zeroes the optimizer's gradients, calls `loss_fn` and :meth:`manual_backward`, and steps: one global step. To
+        clip gradients, call :meth:`clip_gradients` in ``on_before_optimizer_step``.
+
+        .. code-block:: python
+
+            def training_step(self, batch, batch_idx):
+                generator, discriminator = self.optimizers()
+                self.soaa_step(discriminator, lambda: self.discriminator_loss(batch))
+                self.soaa_step(generator, lambda: self.generator_loss(batch))
+
+        Args:
+            optimizer: a SOAA, or what :meth:`optimizers` returns of it; of several, each has a radius of its own.
+            loss_fn: computes the loss of the batch, with gradients, and returns it. A trial calls it again, without
+                gradients and without a trace: random streams, buffers, metrics and logs are put back.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            TypeError: `optimizer` is no SOAA, or `loss_fn` is not callable or returns no tensor of one element.
+            ValueError: the module does not set ``automatic_optimization = False``, or `optimizer` is not one of those
+                that `configure_optimizers` returned.
+        """
+        return _manual.soaa_step(self, optimizer, loss_fn)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as LightningModule does; nothing in a trial."""
@@ -130,10 +166,11 @@ def _outermost(name: str, inner: Act, act: Act) -> Act:
     Lightning looks through one ``__wrapped__`` for a hook's signature and whether it is overridden. It finds what it
     would find without the mixin, except where the mixin does the work: there the hook counts as overridden.
     """
+    left_alone = _LEFT_ALONE[name]
 
     @wraps(inner)
     def hook(self: SOAAMixin, *args: Any, **kwargs: Any) -> Any:
-        if self._soaa_choice is False or name in self._soaa_hooks_inside:
+        if self._soaa_choice in left_alone or name in self._soaa_hooks_inside:
             return inner(self, *args, **kwargs)
         self._soaa_hooks_inside |= {name}
         try:
@@ -155,8 +192,17 @@ def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
     if trainer is None or not _compat.is_fitting(trainer):
         return callbacks
     refuse_unsupported(module, trainer)
+    _adopt_configure_optimizers(module)
     module._soaa_phase, module._soaa_window, module._soaa_batch_seen = AROUND, None, False
     return with_monitor(callbacks, trainer.callbacks)
+
+
+def _adopt_configure_optimizers(module: SOAAMixin) -> None:
+    """Take over a `configure_optimizers` that was put on the instance, as LightningCLI does."""
+    own = vars(module).get("configure_optimizers")
+    if own is not None and not getattr(own, "_soaa_outermost", False):
+        hook = _outermost("configure_optimizers", lambda _: own(), _configure_optimizers)
+        vars(module)["configure_optimizers"] = MethodType(hook, module)
 
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
@@ -166,10 +212,21 @@ def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
     return with_soaa(module, inner())
 
 
-def _on_train_batch_start(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> Any:
+def _on_load_checkpoint(module: SOAAMixin, inner: Act, checkpoint: dict[str, Any]) -> Any:
+    """Refuse to go on with another optimizer's run, before anything is loaded."""
+    if module._trainer is not None and _compat.is_fitting(module._trainer):
+        refuse_foreign_state(checkpoint)
+    return inner(checkpoint)
+
+
+def _on_train_batch_start(module: SOAAMixin, inner: Act, batch: Any, batch_idx: int) -> Any:
     """Hand the batch over, unless the user's hook ends the epoch: the last hook before the loop looks at the flag."""
-    response = inner(*args, **kwargs)
-    if response != -1:
+    response = inner(batch, batch_idx)
+    if response == -1:
+        return response
+    if module._soaa_choice:
+        _automatic.begin_batch(module, batch, batch_idx)
+    else:
         _compat.level_steps(module.trainer)
         module._soaa_default_dtype = torch.get_default_dtype()
         module._soaa_phase = HANDED_OVER
@@ -184,9 +241,33 @@ def _training_step(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> 
     return run_batch(module, partial(inner, **kwargs), args)
 
 
+def _optimizer_step(module: SOAAMixin, inner: Act, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+    """Let the user's hook step with a closure that returns the loss of all micro-batches of the step."""
+    _automatic.optimizer_step(module, partial(inner, epoch, batch_idx, optimizer), closure)
+
+
+def _on_train_batch_end(module: SOAAMixin, inner: Act, outputs: Any, *args: Any) -> Any:
+    """Take down the loss of a batch whose gradients accumulate."""
+    _automatic.end_batch(module, outputs)
+    return inner(outputs, *args)
+
+
 _ACTS: dict[str, Act] = {
     "configure_callbacks": _configure_callbacks,
     "configure_optimizers": _configure_optimizers,
+    "on_load_checkpoint": _on_load_checkpoint,
     "on_train_batch_start": _on_train_batch_start,
     "training_step": _training_step,
+    "optimizer_step": _optimizer_step,
+    "on_train_batch_end": _on_train_batch_end,
+}
+# What `automatic_optimization` was set to where a hook is the user's own, as if there were no mixin.
+_LEFT_ALONE: dict[str, tuple[bool | None, ...]] = {
+    "configure_callbacks": (False,),
+    "configure_optimizers": (False,),
+    "on_load_checkpoint": (False,),
+    "on_train_batch_start": (False,),
+    "training_step": (False, True),
+    "optimizer_step": (False, None),
+    "on_train_batch_end": (False, None),
 }

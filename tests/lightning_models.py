@@ -64,6 +64,25 @@ class EveryStep(AbstractRadius):
         return Decision(dict(numbers), accepted=self.accept)
 
 
+@dataclass(frozen=True)
+class Remember(AbstractRadius):
+    """Checks on every step, remembers (base, trial) of each and accepts."""
+
+    needs_trial: ClassVar[bool] = True
+    seen: list = field(default_factory=list, compare=False)
+
+    def init(self, lr):
+        return {"radius": 1.0}
+
+    def update(self, numbers, evidence):
+        self.seen.append((evidence.base, evidence.trial))
+        return Decision(dict(numbers), accepted=True)
+
+
+class Tape(list):
+    """A list that the guards of a trial leave alone, so that it counts trials too."""
+
+
 ACCEPT, REJECT = EveryStep(), EveryStep(accept=False)
 
 
@@ -130,6 +149,12 @@ class Net(LightningModule):
 
 class Mixed(SOAAMixin, Net):
     pass
+
+
+class Automatic(Mixed):
+    """The same, in automatic mode."""
+
+    automatic_optimization = True
 
 
 class Mute(TrustRegionMonitor):
@@ -210,7 +235,7 @@ def make_trainer(callbacks=(), **kwargs):
 def fit(module, callbacks=(), validate=False, data=None, ckpt_path=None, **kwargs):
     """Train `module` from a fixed seed of all random streams and return the run."""
     trainer, rows = make_trainer(callbacks, **kwargs)
-    trainer.fit(module, data or loader(), loader(1, 2) if validate else None, ckpt_path=ckpt_path)
+    trainer.fit(module, loader() if data is None else data, loader(1, 2) if validate else None, ckpt_path=ckpt_path)
     return Run(module, trainer, rows.rows, (torch.get_rng_state(), random.getstate(), np.random.get_state()))
 
 

@@ -38,7 +38,12 @@ LAYERS = {
     "_compat": ({"_checks"}, FRONT),
     "_setup": ({"_checks", "_compat", "optimizer", "monitor"}, FRONT),
     "_closures": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
-    "module": ({"_checks", "_compat", "_setup", "_closures", "optimizer", "trial", "monitor"}, FRONT),
+    "_automatic": ({"_compat", "_closures", "trial"}, FRONT),
+    "_manual": ({"_checks", "optimizer", "trial"}, FRONT),
+    "module": (
+        {"_checks", "_compat", "_setup", "_closures", "_automatic", "_manual", "optimizer", "trial", "monitor"},
+        FRONT,
+    ),
     "metrics": ({"report"}, FRONT),
     "console": (set(), {"rich"}),
     "advice": ({"report"}, set()),

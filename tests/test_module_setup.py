@@ -396,10 +396,6 @@ def two_optimizers(module):
     return [torch.optim.SGD(module.net[0].parameters()), torch.optim.SGD(module.net[1].parameters())]
 
 
-class Automatic(Mixed):
-    automatic_optimization = True
-
-
 class Iterating(Mixed):
     def training_step(self, dataloader_iter):
         return self.loss(next(dataloader_iter)[0])
@@ -429,15 +425,10 @@ REFUSED = {
         "SOAAMixin: `Trainer(precision=...)` must be 32-true, 64-true, 16-true, bf16-true or bf16-mixed, got "
         "CustomPrecision; not supported yet: use one of these",
     ),
-    "automatic mode": (
-        Automatic, {},
-        "SOAAMixin: `automatic_optimization` must be left unset, got True; automatic mode is not supported yet: remove "
-        "the assignment (set it to False only to step SOAA yourself)",
-    ),
     "compiled": (
         lambda: torch.compile(Mixed(), backend="eager"), {},
-        "SOAAMixin: `torch.compile` must be applied to parts of the LightningModule, got the whole module; compile a "
-        "part, as in self.net = torch.compile(self.net)",
+        "SOAAMixin: `torch.compile` must be applied to parts of the LightningModule, got the whole module; set "
+        "automatic_optimization = True, or compile a part, as in self.net = torch.compile(self.net)",
     ),
     "dataloader_iter": (
         Iterating, {},

@@ -1,35 +1,17 @@
 """Trials through the mixin: how often they run, what they see, and that they leave no trace."""
 
 import random
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lightning_models import ACCEPT, QUIET, REJECT, Mixed, Net, assert_same, loader, train
+from lightning_models import ACCEPT, QUIET, REJECT, Mixed, Net, Remember, Tape, assert_same, loader, train
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
-from lightning_soaa.radius import AbstractRadius, Decision
 
 pytestmark = QUIET
-
-
-@dataclass(frozen=True)
-class Remember(AbstractRadius):
-    """Checks on every step, remembers (base, trial) of each and accepts."""
-
-    needs_trial: ClassVar[bool] = True
-    seen: list = field(default_factory=list, compare=False)
-
-    def init(self, lr):
-        return {"radius": 1.0}
-
-    def update(self, numbers, evidence):
-        self.seen.append((evidence.base, evidence.trial))
-        return Decision(dict(numbers), accepted=True)
 
 
 class Counting(Mixed):
@@ -46,13 +28,9 @@ class Counting(Mixed):
         return loss
 
 
-class Bystander(list):
-    """A list that the guards of a trial leave alone, so that it counts trials too."""
-
-
 def counting(*args, **kwargs):
     module = Counting(*args, **kwargs)
-    module.count = {"real": Bystander(), "trial": Bystander()}
+    module.count = {"real": Tape(), "trial": Tape()}
     return module
 
 
@@ -232,7 +210,7 @@ def test_a_trial_finds_the_batch_that_the_real_forward_took_apart():
 
 
 def test_default_dtype_and_autocast_are_lightnings_own_in_backward_hooks_and_trials():
-    seen = Bystander()
+    seen = Tape()
 
     class Watching(Mixed):
         def note(self, where):
@@ -259,7 +237,7 @@ def test_default_dtype_and_autocast_are_lightnings_own_in_backward_hooks_and_tri
 
 
 def test_manual_optimization_is_what_training_step_sees_and_nobody_else():
-    seen = Bystander()
+    seen = Tape()
 
     class Looking(Mixed):
         def look(self):
@@ -281,7 +259,7 @@ def test_manual_optimization_is_what_training_step_sees_and_nobody_else():
 
 
 def test_memory_of_batches_is_dropped_with_the_step_and_never_taken_without_trials():
-    held = Bystander()
+    held = Tape()
 
     class Holding(Mixed):
         def on_train_batch_end(self, outputs, batch, batch_idx):

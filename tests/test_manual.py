@@ -1,0 +1,302 @@
+"""Modules that run their own loop and step one or several SOAA by `soaa_step`."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning_models import (
+    ACCEPT,
+    FISHER,
+    QUIET,
+    REJECT,
+    TRUST_REGION,
+    Mixed,
+    Net,
+    Remember,
+    Tape,
+    assert_same,
+    fit,
+    loader,
+    make_trainer,
+    seed,
+    train,
+)  # fmt: skip
+from torch import nn
+
+from lightning_soaa import SOAA, FixedRadius, RatioRadius, TrustRegionMonitor
+from lightning_soaa.module import SOAAMixin
+
+pytestmark = QUIET
+
+
+class Adversaries(LightningModule):
+    """A generator and a discriminator with batch normalisation and dropout, stepped by hand in the usual way.
+
+    `rules` are those of the discriminator's and the generator's SOAA; `toggle` freezes the other's parameters.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, rules=(FixedRadius(), FixedRadius()), toggle=False, clip=None, lr=0.02):  # noqa: B008  (frozen)
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(8, 1)
+        self.rules, self.toggle, self.clip, self.lr, self.seen = rules, toggle, clip, lr, []
+
+    def score(self, inputs, label):
+        logits = self.head(self.discriminator(inputs))
+        return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+    def fake(self, batch):
+        return self.generator(torch.randn(len(batch[0]), 3))
+
+    def discriminator_loss(self, batch):
+        loss = self.score(batch[0], 1.0) + self.score(self.fake(batch).detach(), 0.0)
+        self.log("discriminator", loss)
+        return loss
+
+    def generator_loss(self, batch):
+        loss = self.score(self.fake(batch), 1.0)
+        self.log("generator", loss)
+        return loss
+
+    def step(self, optimizer, loss_fn):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss in zip(self.optimizers(), (self.discriminator_loss, self.generator_loss), strict=True):
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            self.seen.append(self.step(optimizer, lambda: loss(batch)).detach())  # noqa: B023
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+        self.seen.append(self.global_step)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.clip is not None:
+            self.clip_gradients(optimizer, self.clip, "norm")
+        self.log(f"gradient of {len(optimizer.param_groups[0]['params'])}", next(
+            p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None
+        ).norm())  # fmt: skip
+
+    def configure_optimizers(self):
+        parts = ([*self.discriminator.parameters(), *self.head.parameters()], list(self.generator.parameters()))
+        found = [SOAA(part, lr=self.lr, radius=rule) for part, rule in zip(parts, self.rules, strict=True)]
+        return found, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in found]
+
+
+class Protected(SOAAMixin, Adversaries):
+    def step(self, optimizer, loss_fn):
+        return self.soaa_step(optimizer, loss_fn)
+
+
+class ProtectedRaw(Protected):
+    """Hands over the optimizers themselves."""
+
+    def step(self, optimizer, loss_fn):
+        return self.soaa_step(optimizer.optimizer, loss_fn)
+
+
+def facts(run):
+    return {
+        "parameters and buffers": run.module.state_dict(),
+        "moments": [optimizer.state_dict()["state"] for optimizer in run.trainer.optimizers],
+        "rows": run.rows,
+        "losses and global steps": run.module.seen,
+        "schedulers": [config.scheduler.state_dict() for config in run.trainer.lr_scheduler_configs],
+        "random": run.random,
+    }
+
+
+BOTH = (ACCEPT, ACCEPT)
+OPTIONS = {"plain": {}, "toggled": {"toggle": True}, "clipped": {"clip": 0.1}}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_optimizers_stepped_by_soaa_step_equal_the_loop_written_by_hand(name, precision):
+    reference = facts(train(lambda: Adversaries(**OPTIONS[name]), precision=precision))
+    for make in (Protected, ProtectedRaw):
+        assert_same(reference, facts(train(lambda: make(**OPTIONS[name]), precision=precision)))  # noqa: B023
+        assert_same(reference, facts(train(lambda: make(BOTH, **OPTIONS[name]), precision=precision)))  # noqa: B023
+    assert reference["losses and global steps"][-1] == 32  # two steps a batch, 8 batches, 2 epochs
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_trial_at_the_same_point_is_the_loss_bit_for_bit(precision):
+    rules = Remember(), Remember()
+    train(lambda: Protected(rules, lr=0.0), precision=precision)
+    for rule in rules:
+        assert len(rule.seen) == 16
+        assert all(base == trial for base, trial in rule.seen)
+
+
+def test_always_rejecting_leaves_all_but_the_moments_untouched():
+    still, rejected = facts(train(lambda: Adversaries(lr=0.0))), facts(train(lambda: Protected((REJECT, REJECT))))
+    for name in ("parameters and buffers", "losses and global steps", "rows", "random"):
+        assert_same(*(drop_rates(found[name]) if name == "rows" else found[name] for found in (still, rejected)))
+
+
+def drop_rates(rows):
+    return [(step, {key: value for key, value in row.items() if not key.startswith("lr-")}) for step, row in rows]
+
+
+class OwnLoop(SOAAMixin, Net):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.soaa_step(self.optimizers(), lambda: super(OwnLoop, self).training_step(batch, batch_idx))}
+
+
+@pytest.mark.parametrize("rule", [FixedRadius(), ACCEPT, RatioRadius(), RatioRadius(interval=1)])
+def test_a_loop_of_one_optimizer_is_the_default_mode(rule):
+    default, own = (train(lambda: make(rule)).facts() for make in (Mixed, OwnLoop))  # noqa: B023
+    for name in ("parameters and buffers", "moments", "metric", "random", "learning rates", "outputs"):
+        assert_same(default[name], own[name], name)
+
+
+def test_each_optimizer_has_its_own_radius_and_names_in_the_log():
+    rows = []
+
+    class Listening(Protected):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            rows.append([optimizer.optimizer.radius for optimizer in self.optimizers()])
+
+    seed()
+    trainer, _ = make_trainer()
+    trainer.callbacks = [TrustRegionMonitor()]
+    trainer.fit(Listening((RatioRadius(), RatioRadius(relative=0.01))), loader())
+    logged = set(trainer.callback_metrics)
+    for suffix in ("", "-1"):
+        for key in TRUST_REGION | FISHER:
+            prefix, name = key.split("/")
+            assert f"{prefix}{suffix}/{name}" in logged
+    first, second = rows[-1]
+    assert first != second
+    assert trainer.callback_metrics["trust_region/radius"] == first
+    assert trainer.callback_metrics["trust_region-1/radius"] == second
+
+
+def test_each_step_runs_its_loss_once_and_once_more_a_check_and_once_in_the_first():
+    class Counting(Protected):
+        def generator_loss(self, batch):
+            self.calls.append(self.in_trial)
+            return super().generator_loss(batch)
+
+    calls = Tape()
+    for rules, trials in [((ACCEPT, FixedRadius()), 0), ((FixedRadius(), ACCEPT), 17)]:
+        calls.clear()
+        module = Counting(rules)
+        module.calls = calls
+        train(lambda: module)  # noqa: B023
+        assert calls.count(False) == 16
+        assert calls.count(True) == trials
+
+
+def test_one_and_one_epochs_are_two_with_two_optimizers(tmp_path):
+    def quiet():
+        module = Protected((RatioRadius(interval=1), RatioRadius(relative=0.01)))
+        module.discriminator[3] = nn.Identity()  # streams are not part of a checkpoint
+        module.fake = lambda batch: module.generator(batch[0][:, :3])
+        return module
+
+    whole, half = train(quiet), train(quiet, max_epochs=1)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = fit(quiet(), ckpt_path=tmp_path / "half.ckpt")
+    for name in ("parameters and buffers", "moments", "schedulers"):
+        assert_same(facts(whole)[name], facts(resumed)[name], name)
+    for one, other in zip(whole.trainer.optimizers, resumed.trainer.optimizers, strict=True):
+        assert one.radius == other.radius
+    assert resumed.trainer.global_step == 32
+
+
+class InterruptedTrialError(Exception):
+    pass
+
+
+def test_exception_in_a_trial_restores_parameters_and_buffers():
+    class Fragile(Protected):
+        def on_before_optimizer_step(self, optimizer):
+            self.before = {name: value.clone() for name, value in self.state_dict().items()}
+
+        def generator_loss(self, batch):
+            if self.in_trial and self.global_step > 4:
+                raise InterruptedTrialError
+            return super().generator_loss(batch)
+
+    module, (trainer, _) = Fragile(BOTH), make_trainer()
+    with pytest.raises(InterruptedTrialError):
+        trainer.fit(module, loader())
+    assert_same(module.before, dict(module.state_dict()))
+    assert module.in_trial is False
+
+
+def foreign(module):
+    return SOAA(module.parameters())
+
+
+MISUSES = {
+    "another optimizer": (
+        TypeError, lambda module: (torch.optim.SGD(module.parameters()), module.generator_loss),
+        "SOAAMixin: `optimizer` must be one SOAA, or what self.optimizers() returns of it, got 'SGD'",
+    ),
+    "a list": (
+        TypeError, lambda module: (module.optimizers(), module.generator_loss),
+        "SOAAMixin: `optimizer` must be one SOAA, or what self.optimizers() returns of it, got 'list'",
+    ),
+    "a SOAA of its own": (
+        ValueError, lambda module: (foreign(module), module.generator_loss),
+        "SOAAMixin: `optimizer` must be one of those that configure_optimizers returned, got 'another SOAA'",
+    ),
+    "a loss": (
+        TypeError, lambda module: (module.optimizers()[0], 0.5),
+        "SOAAMixin: `loss_fn` must be callable, got 0.5",
+    ),
+    "no loss": (
+        TypeError, lambda module: (module.optimizers()[0], lambda: None),
+        "SOAAMixin: `loss_fn` must return a tensor of one element, got None",
+    ),
+    "several losses": (
+        TypeError, lambda module: (module.optimizers()[0], lambda: module.head.weight),
+        "SOAAMixin: `loss_fn` must return a tensor of one element, got a tensor of shape (1, 8)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_is_refused_by_name_and_moves_nothing(name):
+    kind, arguments, message = MISUSES[name]
+
+    class Wrong(Protected):
+        def training_step(self, batch, batch_idx):
+            self.soaa_step(*arguments(self))
+
+    seed()
+    module, (trainer, _) = Wrong(BOTH), make_trainer()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(kind) as error:
+        trainer.fit(module, loader())
+    assert str(error.value) == message
+    assert_same(before, dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("switch", [None, True])
+def test_soaa_step_in_a_module_that_does_not_step_by_itself_is_refused(switch):
+    class Wrong(Mixed):
+        def training_step(self, batch, batch_idx):
+            self.soaa_step(self.optimizers(), lambda: self.loss(batch))
+
+    module = Wrong()
+    module._soaa_choice = switch
+    trainer, _ = make_trainer()
+    with pytest.raises(ValueError) as error:
+        trainer.fit(module, loader())
+    assert str(error.value) == (
+        f"SOAAMixin: `automatic_optimization` must be set to False by a module that calls soaa_step, got {switch}"
+    )
