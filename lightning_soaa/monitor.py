@@ -102,11 +102,12 @@ class TrustRegionMonitor(Callback):
         self._figures: dict[str, EpochFigures] = {}
         self._watches: dict[str, Watch] = {}
         self._said: dict[str, list[str]] = {}
+        self._texts: dict[str, list[str]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
         if stage == "fit":
-            self._said = {}
+            self._said, self._texts = {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
@@ -178,6 +179,13 @@ class TrustRegionMonitor(Callback):
         self._epoch_start = {suffix: dict(counts) for suffix, counts in state_dict["epoch_start"].items()}
         self._said = {suffix: list(kinds) for suffix, kinds in state_dict.get("said", {}).items()}
 
+    def advice_given(self) -> list[list[str]]:
+        """Return the texts of the advice given in this fit, a list for each SOAA optimizer.
+
+        Advice that a run gave before it was resumed is not repeated, and its text is not known.
+        """
+        return [list(self._texts.get(suffix, ())) for suffix in self._watches]
+
     def _row(self, suffix: str, optimizer: Monitored, report: StepReport | None) -> dict[str, float]:
         """Return what is logged of an optimizer; all processes must call it."""
         head = optimizer.param_groups[0]
@@ -201,6 +209,7 @@ class TrustRegionMonitor(Callback):
             said = self._said.setdefault(suffix, [])
             if kind not in said:
                 said.append(kind)
+                self._texts.setdefault(suffix, []).append(text)
                 who = f"trust_region{suffix}: " if len(self._watches) > 1 else ""
                 warn(trainer, f"TrustRegionMonitor: {who}{text}", TrustRegionWarning)
 

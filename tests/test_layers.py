@@ -42,9 +42,13 @@ LAYERS = {
     "metrics": ({"report"}, FRONT),
     "console": (set(), {"rich"}),
     "advice": ({"report"}, set()),
+    "_runs": ({"advice", "report"}, {"tensorboard"}),
+    "_plots": ({"_runs"}, {"matplotlib"}),
+    "run_report": ({"_runs", "_plots"}, set()),
     "monitor": ({"_checks", "report", "metrics", "console", "advice", "_compat"}, FRONT),
+    "report_callback": ({"_checks", "_compat", "_runs", "run_report", "monitor"}, FRONT),
     "__init__": (
-        {"advice", "fisher", "radius", "ratio", "report", "optimizer", "module", "monitor"},
+        {"advice", "fisher", "radius", "ratio", "report", "optimizer", "module", "monitor", "report_callback"},
         set(),
     ),
 }
