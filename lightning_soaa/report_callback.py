@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_soaa._checks import refuse
 from lightning_soaa._compat import info, warn
+from lightning_soaa._rows import is_kind
 from lightning_soaa._runs import RunError
 from lightning_soaa.monitor import TrustRegionMonitor
 
@@ -86,6 +87,6 @@ def logger_of(trainer: Trainer) -> Any:
     """Return the first logger whose files :func:`~lightning_soaa._runs.read_run` reads, CSV before TensorBoard."""
     for name in ("CSVLogger", "TensorBoardLogger"):
         for logger in trainer.loggers:
-            if name in {kind.__name__ for kind in type(logger).__mro__}:
+            if is_kind(logger, name):
                 return logger
     return None

@@ -45,8 +45,14 @@ LAYERS = {
     "_runs": ({"advice", "report"}, {"tensorboard"}),
     "_plots": ({"_runs"}, {"matplotlib"}),
     "run_report": ({"_runs", "_plots"}, set()),
-    "monitor": ({"_checks", "report", "metrics", "console", "advice", "_compat"}, FRONT),
-    "report_callback": ({"_checks", "_compat", "_runs", "run_report", "monitor"}, FRONT),
+    "_clock": (set(), TORCH),
+    "_rows": ({"_checks", "console", "report"}, set()),
+    "_details": ({"_checks", "_rows", "fisher", "report"}, TORCH),
+    "monitor": (
+        {"_checks", "report", "metrics", "console", "advice", "_compat", "_clock", "_rows", "_details"},
+        FRONT,
+    ),
+    "report_callback": ({"_checks", "_compat", "_rows", "_runs", "run_report", "monitor"}, FRONT),
     "__init__": (
         {"advice", "fisher", "radius", "ratio", "report", "optimizer", "module", "monitor", "report_callback"},
         set(),
