@@ -168,7 +168,8 @@ def flat(tensors: Sequence[Tensor], of: int | None = None) -> Tensor:
         of: how many entries there are, if these are only some of the tensors.
     """
     stride = max(1, (sum(tensor.numel() for tensor in tensors) if of is None else of) // ENTRIES)
-    return torch.cat([tensor.detach().reshape(-1)[::stride].float() for tensor in tensors])
+    real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    return torch.cat([tensor.detach().reshape(-1)[::stride].float() for tensor in real])
 
 
 def write_distributions(loggers: Iterable[Any], distributions: Mapping[str, Tensor], step: int) -> None:
