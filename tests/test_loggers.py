@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import zipfile
 from math import inf, isnan
 
@@ -79,16 +80,28 @@ def wandb(path):
     logger = WandbLogger(save_dir=path, offline=True, project="test")
 
     def read():
-        logger.experiment.finish()
-        (file,) = path.rglob("*.wandb")
         points = {}
-        for record in wandb_records(file.read_bytes()):
-            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for row in wandb_rows(logger, path):
             for key, value in row.items():
                 points.setdefault(key, []).append((row.get("trainer/global_step"), float(value)))
         return points
 
     return logger, read
+
+
+def wandb_rows(logger, path):
+    """Return the rows of an offline run; its file is written by another process, which ends it with a record."""
+    logger.experiment.finish()
+    deadline = time.monotonic() + 60
+    while True:
+        (file,) = path.glob("wandb/offline-run-*/*.wandb")
+        records = list(wandb_records(file.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        assert time.monotonic() < deadline, "the run has no end"
+        time.sleep(0.1)
+    history = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in history]
 
 
 def wandb_records(content):
@@ -183,11 +196,8 @@ def test_wandb_gets_histograms_at_the_steps_of_the_rows(tmp_path):
     logger, _ = wandb(tmp_path)
     run = trainer(tmp_path, monitor=TrustRegionMonitor(histograms=True), logger=logger, log_every_n_steps=4)
     run.fit(Mixed(RatioRadius()), loader())
-    logger.experiment.finish()
-    (file,) = tmp_path.rglob("*.wandb")
     steps = []
-    for record in wandb_records(file.read_bytes()):
-        row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+    for row in wandb_rows(logger, tmp_path):
         if "fisher/histogram/all/values" in row:
             steps.append(row["trainer/global_step"])
             for key in ("fisher/histogram/all", "trust_region/step_histogram/all"):
