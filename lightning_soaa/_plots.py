@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 from lightning_soaa._runs import Points, Run, events_of
 
@@ -88,9 +89,28 @@ def draw_reductions(axes: Any, run: Run) -> bool:
     sizes = sorted(abs(value) for _, value in predicted if isfinite(value) and value)
     if sizes:
         widest = max(abs(value) for _, value in (*predicted, *actual) if isfinite(value))
-        axes.set_yscale("symlog", linthresh=max(sizes[len(sizes) // 10], 1e-12 * widest))
+        threshold = max(sizes[len(sizes) // 10], 1e-12 * widest)
+        axes.set_yscale("symlog", linthresh=threshold)
+        axes.yaxis.set_major_locator(Decades(threshold))
         axes.axhline(0, color=GREY, linewidth=0.7, linestyle=":")
     return drawn
+
+
+class Decades(SymmetricalLogLocator):
+    """Marks 0 and powers of ten, but not those where the scale is linear: there they would lie on each other.
+
+    Args:
+        threshold: where the scale becomes linear.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__(base=10, linthresh=threshold)
+        self.threshold = threshold
+        self.set_params(numticks=8)
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """Return the places of the marks between two values."""
+        return [place for place in super().tick_values(vmin, vmax) if place == 0 or abs(place) >= self.threshold]
 
 
 def draw_losses(axes: Any, run: Run) -> bool:
