@@ -90,6 +90,8 @@ def draw_reductions(axes: Any, run: Run) -> bool:
     if sizes:
         widest = max(abs(value) for _, value in (*predicted, *actual) if isfinite(value))
         threshold = max(sizes[len(sizes) // 10], 1e-12 * widest)
+        if axes.get_yscale() == "symlog":  # shared with runs that are drawn already
+            threshold = min(threshold, axes.yaxis.get_transform().linthresh)
         axes.set_yscale("symlog", linthresh=threshold)
         axes.yaxis.set_major_locator(Decades(threshold))
         axes.axhline(0, color=GREY, linewidth=0.7, linestyle=":")

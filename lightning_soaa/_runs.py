@@ -9,7 +9,8 @@ from itertools import pairwise
 from math import isfinite, isnan, nan
 from pathlib import Path
 
-from lightning_soaa.advice import Advice, Watch, advise
+from lightning_soaa._watch import Watch
+from lightning_soaa.advice import Advice, advise
 from lightning_soaa.report import StepReport
 
 Points = list[tuple[int, float]]  # (step of the trainer, value), in the order of steps

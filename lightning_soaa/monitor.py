@@ -33,7 +33,8 @@ from lightning_soaa._rows import (
     run_row,
     trials_of,
 )
-from lightning_soaa.advice import TrustRegionWarning, Watch, advise
+from lightning_soaa._watch import Watch
+from lightning_soaa.advice import TrustRegionWarning, advise
 from lightning_soaa.console import EpochRow, bar_entries, beside, epoch_lines, render, run_lines
 from lightning_soaa.metrics import FIGURES, EpochFigures
 from lightning_soaa.report import StepReport
