@@ -9,5 +9,6 @@ from lightning_soaa.radius import FixedRadius as FixedRadius
 from lightning_soaa.radius import PublishedRadius as PublishedRadius
 from lightning_soaa.ratio import RatioRadius as RatioRadius
 from lightning_soaa.report import StepReport as StepReport
+from lightning_soaa.report_callback import TrustRegionReport as TrustRegionReport
 
 __version__ = "0.1.0"

@@ -3,9 +3,11 @@
 Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
 of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_optimizer_step``, ``optim_progress``,
 ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``; ``_current_fx_name`` and
-``_compiler_ctx`` of a module.
+``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs`` and ``epoch_loop._batches_that_stepped``;
+``_train_progress_bar`` of TQDMProgressBar.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+SHADOWED = "_soaa_shadowed"
 PRECISIONS = frozenset({"Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"})
 
 
@@ -49,6 +52,59 @@ def info(trainer: Any, text: str) -> None:
 def warn(trainer: Any, text: str, category: type[Warning] = UserWarning) -> None:
     """Warn on the first process."""
     lightning(trainer, "utilities.rank_zero").rank_zero_warn(text, category=category)
+
+
+def say(bar: Any, text: str) -> None:
+    """Print at the end of a fit beside progress bar `bar`; tqdm's may be closed by then, and would print nothing."""
+    if getattr(getattr(bar, "_train_progress_bar", None), "disable", False):
+        sys.stdout.write(f"{text}\n")
+    else:
+        bar.print(text)
+
+
+def shadow_bar(bar: Any, add: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Have progress bar `bar` show what `add` makes of its own metrics, until :func:`unshadow_bar`."""
+    unshadow_bar(bar)
+    own = bar.get_metrics
+
+    def get_metrics(trainer: Any, pl_module: Any) -> dict[str, Any]:
+        return add(own(trainer, pl_module))
+
+    vars(get_metrics)[SHADOWED] = vars(bar).get("get_metrics")
+    vars(bar)["get_metrics"] = get_metrics
+
+
+def unshadow_bar(bar: Any) -> None:
+    """Have progress bar `bar` show its own metrics again."""
+    shadow = vars(bar).get("get_metrics")
+    if SHADOWED in getattr(shadow, "__dict__", ()):
+        before = vars(shadow)[SHADOWED]
+        if before is None:
+            del vars(bar)["get_metrics"]
+        else:
+            vars(bar)["get_metrics"] = before
+
+
+def rows_possible(trainer: Any) -> bool:
+    """Return whether `trainer` writes any rows."""
+    return bool(trainer.loggers) and not trainer.barebones
+
+
+def row_follows(trainer: Any) -> bool:
+    """Return whether `trainer` will write a row after this batch, the same answer on all processes.
+
+    These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
+    """
+    if not rows_possible(trainer):
+        return False
+    if accumulating(trainer) and trainer.lightning_module.automatic_optimization:
+        return False
+    return trainer._logger_connector.should_update_logs or bool(getattr(trainer, "fast_dev_run", False))
+
+
+def row_step(trainer: Any) -> int:
+    """Return the place on the x-axis of the row that `trainer` will write after this batch."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def automatic_loop(trainer: Any) -> Any:

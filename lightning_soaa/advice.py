@@ -1,21 +1,14 @@
 """What a run's own numbers say is wrong with it, in words with a remedy: plain numbers in, text out."""
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from math import isfinite, isnan, nan, sqrt
-from statistics import quantiles
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from math import isfinite, isnan, sqrt
+from statistics import median, quantiles
+from typing import NamedTuple
 
-from lightning_soaa.report import StepReport
+from lightning_soaa._watch import LAST_LOSSES, Check, Watch
 
-# How many of the last checks are judged. After burn-in they span about a hundred steps: long enough to tell a state
-# from an episode, short enough to notice that a run has turned bad.
-WINDOW = 24
 # A radius on its way through a bound, or at one for a few bad batches, is there for fewer checks than this.
 PINNED_CHECKS = 20
-# Radii move by 2 % and more a check, so that one within 1 % of its bound was held there.
-PINNED_WITHIN = 0.01
 # Healthy runs accept more than nine checks in ten; a fair coin falls below a third in 12 throws once in 14 times.
 LOW_RATE = 1 / 3
 RATE_CHECKS = 12
@@ -54,95 +47,6 @@ class Advice(NamedTuple):
 
     kind: str
     text: str
-
-
-class Check(NamedTuple):
-    """What is known of a check once its step is done.
-
-    Args:
-        checks: how many there were since the last look, this one included; more than 1 where steps share a batch.
-        accepted: how many of them were accepted.
-        predicted: predicted reduction, in units of the loss.
-        actual: actual reduction, in units of the loss.
-        at_low: whether the radius is within 1 % of its floor or below it.
-        at_high: whether it is within 1 % of its ceiling or above it.
-    """
-
-    checks: int
-    accepted: int
-    predicted: float
-    actual: float
-    at_low: bool
-    at_high: bool
-
-
-@dataclass
-class Watch:
-    """What has been seen of one optimizer, in plain numbers.
-
-    Args:
-        checks_seen: the optimizer's counter ``checks`` when watching starts.
-        accepted_seen: likewise ``accepted_checks``.
-
-    Example::
-
-        >>> from lightning_soaa.advice import Watch, advise
-        >>> watch = Watch()
-        >>> watch.see_numbers({"radius": 0.1, "checks": 0, "accepted_checks": 0, "skipped_steps": 8, "steps": 40})
-        >>> [advice.kind for advice in advise(watch)]
-        ['skipped_steps']
-
-    Does not remember what has been said.
-    """
-
-    checks_seen: int = 0
-    accepted_seen: int = 0
-    checks: deque[Check] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    radius: float = nan
-    steps: int = 0
-    not_finite: int = 0
-    outliers: int = 0
-    moved: bool = False  # whether any check saw the loss change
-    unmoved_checks: int = 0  # checks that predicted a reduction and saw none
-    zero_reports: int = 0
-    report: StepReport | None = None
-    largest_loss: float = 0.0  # magnitude, of the reports; what goes into a loss rounds on this scale
-
-    def see_numbers(self, head: Mapping[str, Any]) -> None:
-        """Look at an optimizer's first parameter group, as often as there is time: only a new check counts as one.
-
-        Args:
-            head: holds the plain numbers ``radius``, ``checks``, ``accepted_checks`` and ``skipped_steps`` (counts of
-                the whole run). May hold ``steps`` and ``outlier_steps``, ``predicted_reduction`` and
-                ``actual_reduction`` of the last check, ``radius_low`` and ``radius_high``. Without one of them, what
-                it would tell is not told.
-        """
-        self.radius = float(head["radius"])
-        self.steps, self.not_finite = int(head.get("steps", 0)), int(head["skipped_steps"])
-        self.outliers = int(head.get("outlier_steps", 0))
-        checks, accepted = int(head["checks"]), int(head["accepted_checks"])
-        new, taken = checks - self.checks_seen, accepted - self.accepted_seen
-        self.checks_seen, self.accepted_seen = checks, accepted
-        if new <= 0:  # none, or another state has been loaded
-            return
-        predicted, actual = (float(head.get(f"{name}_reduction", nan)) for name in ("predicted", "actual"))
-        at_low = self.radius <= head.get("radius_low", nan) * (1 + PINNED_WITHIN)
-        at_high = self.radius >= head.get("radius_high", nan) * (1 - PINNED_WITHIN)
-        self.checks.append(Check(new, taken, predicted, actual, at_low, at_high))
-        if actual != 0:  # nan as well
-            self.moved = True
-        elif predicted > 0:
-            self.unmoved_checks += new
-
-    def see_report(self, report: StepReport | None) -> None:
-        """Look at a report that has been computed anyway; None, of no step at all, tells nothing."""
-        if report is None or (self.report is not None and report.step == self.report.step):
-            return
-        self.report = report
-        if isfinite(report.base_loss):
-            self.largest_loss = max(self.largest_loss, abs(report.base_loss))
-        absorbed = report.step - report.skipped_steps > 0
-        self.zero_reports = self.zero_reports + 1 if absorbed and report.fisher_max == 0 else 0
 
 
 def advise(watch: Watch) -> list[Advice]:
@@ -285,6 +189,26 @@ def loss_unmoved(watch: Watch) -> Advice | None:
     )
 
 
+def loss_risen(watch: Watch) -> Advice | None:
+    """Say that the loss of the last `LAST_LOSSES` reports is over twice that of the first, though steps are accepted.
+
+    Silent where other advice names the cause, and under rules without checks.
+    """
+    if len(watch.last_losses) < LAST_LOSSES or not watch.checks or low_acceptance_rate(watch):
+        return None
+    sign = -1 if watch.rising else 1
+    first, last = sign * median(watch.first_losses), sign * median(watch.last_losses)
+    if last - first <= abs(first) or loss_not_repeatable(watch) or many_skipped_steps(watch):
+        return None
+    return Advice(
+        "loss_risen",
+        f"the loss has become worse, {sign * last:.3g} in the median of the last rows after {sign * first:.3g} in the "
+        "first, although steps are accepted. A check sees the loss of its own batch only, so steps may do good to it "
+        "and harm to all others: use a larger batch or accumulate_grad_batches, or lower the prior of the radius, as "
+        "in RatioRadius(relative=0.02). Ignore this where the loss is not meant to improve, as with adversaries.",
+    )
+
+
 def zero_gradients(watch: Watch) -> Advice | None:
     """Say that the Fisher is exactly 0 in `ZERO_REPORTS` reports in a row."""
     if watch.zero_reports < ZERO_REPORTS or watch.report is None:
@@ -304,5 +228,6 @@ RULES: tuple[Callable[[Watch], Advice | None], ...] = (
     noisy_ratios,
     loss_not_repeatable,
     loss_unmoved,
+    loss_risen,
     zero_gradients,
 )

@@ -1,50 +1,43 @@
 """TrustRegionMonitor: logs what SOAA reports, in the rows that the trainer writes anyway, and says what looks wrong."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from math import nan
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import partial
+from math import inf, nan
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_soaa._checks import refuse
-from lightning_soaa._compat import warn
-from lightning_soaa.advice import TrustRegionWarning, Watch, advise
-from lightning_soaa.console import EpochRow, epoch_lines, render
+from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
+from lightning_soaa._compat import (
+    accumulating,
+    row_follows,
+    row_step,
+    rows_possible,
+    say,
+    shadow_bar,
+    unshadow_bar,
+    warn,
+)
+from lightning_soaa._details import Details, make_details, write_distributions, write_layout
+from lightning_soaa._rows import (
+    Counts,
+    Monitored,
+    check_layers,
+    counts_of,
+    find_optimizers,
+    group_names,
+    group_values,
+    report_values,
+    run_row,
+    trials_of,
+)
+from lightning_soaa._watch import Watch
+from lightning_soaa.advice import TrustRegionWarning, advise
+from lightning_soaa.console import EpochRow, bar_entries, beside, epoch_lines, render, run_lines
 from lightning_soaa.metrics import FIGURES, EpochFigures
 from lightning_soaa.report import StepReport
-
-# Counts in the first parameter group, plain ints of the whole run.
-COUNTERS = ("checks", "accepted_checks", "skipped_steps")
-# What tells SOAA from other optimizers. The monitor knows no optimizer's code: an optimizer that keeps these plain
-# numbers in its first group and reports its last step can be monitored. (`last_step` is None before the first step.)
-NUMBERS = frozenset({"radius", *COUNTERS})
-
-# Key after the prefix, and the field of the report it shows.
-STEP_FIELDS = {
-    "trust_region": {
-        name: name for name in ("acceptance_ratio", "predicted_reduction", "actual_reduction", "step_norm", "trials")
-    },
-    "fisher": {
-        "mean": "fisher_mean",
-        "min": "fisher_min",
-        "max": "fisher_max",
-        "trace": "fisher_trace",
-        "active_fraction": "active_fraction",
-    },
-}
-
-Counts = dict[str, int]
-
-
-class Monitored(Protocol):
-    """What is read of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    @property
-    def last_step(self) -> StepReport | None:
-        """Return what the last step did; computed when read."""
 
 
 class TrustRegionMonitor(Callback):
@@ -76,13 +69,23 @@ class TrustRegionMonitor(Callback):
     Callbacks can monitor the keys; they see the values of the last row.
 
     Args:
-        console: print a line at the end of each epoch, above the progress bar. Without a bar there is no line.
+        console: show radius and acceptance rate in the progress bar, print a line at the end of each epoch above it
+            and a summary at the end of the fit. Without a bar nothing is printed.
         advice: warn (:class:`~lightning_soaa.advice.TrustRegionWarning`, on the first process) of what looks wrong,
             with a remedy: each kind of advice once a run, and not again after a resume.
+        layers: log ``fisher/layer_trace/<module>`` and ``trust_region/layer_step/<module>``, the norm of a step,
+            weight decay included, over that of the parameters: of this many modules, those with most parameters, or
+            of the named ones (default: 0). A row then waits for the device once more and copies the parameters.
+        histograms: write distributions of the Fisher (log10 of its second moment) and of the step to TensorBoard and
+            W&B, for each of `layers` or for the whole model (default: False). On the first process.
+        check_time: log ``trust_region/check_time_share``, the share of this fit's time that checks took (default:
+            False); the summary has it anyway. ``nan`` until there have been steps without a check.
+        layout: lay out a page "Trust region" in TensorBoard's tab of custom scalars (default: True).
 
     Raises:
-        TypeError: `console` or `advice` is not a bool.
-        ValueError: at fit start, if there is no SOAA optimizer or two parameter groups have one name.
+        TypeError: a switch is not a bool, or `layers` neither a whole number nor names.
+        ValueError: `layers` is negative; at fit start, if there is no SOAA optimizer, two parameter groups have one
+            name, or no module has a name in `layers`.
 
     Example::
 
@@ -93,20 +96,37 @@ class TrustRegionMonitor(Callback):
     after the monitor has seen the batch, the row written then repeats the values of the row before.
     """
 
-    def __init__(self, console: bool = True, advice: bool = True) -> None:
-        for name, value in (("console", console), ("advice", advice)):
+    def __init__(
+        self,
+        console: bool = True,
+        advice: bool = True,
+        *,
+        layers: int | Sequence[str] = 0,
+        histograms: bool = False,
+        check_time: bool = False,
+        layout: bool = True,
+    ) -> None:
+        switches = {"console": console, "advice": advice, "histograms": histograms}
+        for name, value in {**switches, "check_time": check_time, "layout": layout}.items():
             if not isinstance(value, bool):
                 refuse("TrustRegionMonitor", name, "a bool", value, TypeError)
-        self.console, self.advice = console, advice
+        self.layers = check_layers(layers)
+        self.console, self.advice, self.histograms = console, advice, histograms
+        self.check_time, self.layout = check_time, layout
         self._epoch_start: dict[str, Counts] = {}
         self._figures: dict[str, EpochFigures] = {}
         self._watches: dict[str, Watch] = {}
         self._said: dict[str, list[str]] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._details: dict[str, Details] = {}
+        self._range: dict[str, tuple[float, float]] = {}
+        self._clock = BatchClock(torch.device("cpu"))
+        self._trials = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
         if stage == "fit":
-            self._said = {}
+            self._said, self._texts = {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
@@ -120,6 +140,8 @@ class TrustRegionMonitor(Callback):
         for optimizer in found.values():
             group_names(optimizer.param_groups)
         self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in found}
+        self._clock, self._range = BatchClock(pl_module.device), dict.fromkeys(found, (inf, -inf))
+        self._details = make_details(pl_module.named_parameters(), found, self.layers, histograms=self.histograms)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start watching, and counting if the run goes on in mid-epoch and no checkpoint says where the epoch began."""
@@ -127,24 +149,46 @@ class TrustRegionMonitor(Callback):
             counts = counts_of(optimizer)
             self._epoch_start.setdefault(suffix, counts)
             self._watches[suffix] = Watch(counts["checks"], counts["accepted_checks"])
+        if self.layout and trainer.is_global_zero and rows_possible(trainer):
+            write_layout(trainer.loggers)
+        bar = trainer.progress_bar_callback
+        if self.console and bar is not None:
+            shadow_bar(bar, partial(self._beside_the_bar, trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's figures. Lightning does not call this when it resumes in mid-epoch."""
         for suffix, optimizer in find_optimizers(trainer.optimizers).items():
             self._epoch_start[suffix] = counts_of(optimizer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._trials = trials_of(find_optimizers(trainer.optimizers))
+        self._clock.start()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Copy the parameters if the step will be in a row that shows more than the report."""
+        if self._details and row_follows(trainer):
+            for details in self._details.values():
+                if details.optimizer is getattr(optimizer, "optimizer", optimizer):
+                    details.remember()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the numbers on the host; add values to the row of this batch, if there will be one."""
-        row_due = row_follows(trainer)
+        found, row_due = find_optimizers(trainer.optimizers), row_follows(trainer)
+        kind = CHECKED if trials_of(found) > self._trials else UNCHECKED
+        self._clock.stop(OTHER if accumulating(trainer) else kind)
         # Under manual optimization the trainer writes rows for batches that only accumulate, too: no step, no report.
-        stepped = row_due and not trainer.fit_loop._should_accumulate()
+        stepped = row_due and not accumulating(trainer)
         values: dict[str, float] = {}
-        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
-            report = optimizer.last_step if stepped else None
+        for suffix, optimizer in found.items():
+            report, radius = optimizer.last_step if stepped else None, optimizer.param_groups[0]["radius"]
+            self._range[suffix] = (min(self._range[suffix][0], radius), max(self._range[suffix][1], radius))
             if row_due:
                 values |= self._row(suffix, optimizer, report)
+            if stepped:
+                self._write_distributions(trainer, suffix)
             self._advise(trainer, suffix, optimizer, report)
         if row_due:
             # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
@@ -166,6 +210,27 @@ class TrustRegionMonitor(Callback):
         if trainer.is_global_zero and getattr(bar, "is_enabled", True):  # a bar of the user's own may not say
             bar.print(render(epoch_lines(trainer.current_epoch, rows)))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary of the fit, on the first process."""
+        bar = trainer.progress_bar_callback
+        if bar is None or not self.console or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
+            return
+        share = self._clock.check_share()
+        rows = [
+            run_row(suffix, optimizer, self._range[suffix], share, self._said.get(suffix, []))
+            for suffix, optimizer in find_optimizers(trainer.optimizers).items()
+        ]
+        say(bar, render(run_lines(rows)))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the progress bar as it was: teardown is not called."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the progress bar as it was."""
+        if trainer.progress_bar_callback is not None:
+            unshadow_bar(trainer.progress_bar_callback)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the counts at the start of the epoch, for the figures of a resumed run, and which advice was given."""
         return {
@@ -178,6 +243,13 @@ class TrustRegionMonitor(Callback):
         self._epoch_start = {suffix: dict(counts) for suffix, counts in state_dict["epoch_start"].items()}
         self._said = {suffix: list(kinds) for suffix, kinds in state_dict.get("said", {}).items()}
 
+    def advice_given(self) -> list[list[str]]:
+        """Return the texts of the advice given in this fit, a list for each SOAA optimizer.
+
+        Advice that a run gave before it was resumed is not repeated, and its text is not known.
+        """
+        return [list(self._texts.get(suffix, ())) for suffix in self._watches]
+
     def _row(self, suffix: str, optimizer: Monitored, report: StepReport | None) -> dict[str, float]:
         """Return what is logged of an optimizer; all processes must call it."""
         head = optimizer.param_groups[0]
@@ -187,6 +259,8 @@ class TrustRegionMonitor(Callback):
             f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
             f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
             **report_values(report, suffix),
+            **({f"trust_region{suffix}/check_time_share": self._clock.check_share()} if self.check_time else {}),
+            **(self._details[suffix].values(suffix, report) if suffix in self._details else {}),
             **group_values(optimizer.param_groups, suffix),
         }
 
@@ -201,8 +275,26 @@ class TrustRegionMonitor(Callback):
             said = self._said.setdefault(suffix, [])
             if kind not in said:
                 said.append(kind)
+                self._texts.setdefault(suffix, []).append(text)
                 who = f"trust_region{suffix}: " if len(self._watches) > 1 else ""
                 warn(trainer, f"TrustRegionMonitor: {who}{text}", TrustRegionWarning)
+
+    def _write_distributions(self, trainer: Trainer, suffix: str) -> None:
+        """Write the distributions of a row, on the first process, and drop the copy of the parameters."""
+        if suffix in self._details:
+            details = self._details[suffix]
+            if self.histograms and trainer.is_global_zero:
+                write_distributions(trainer.loggers, details.distributions(suffix), row_step(trainer))
+            details.forget()
+
+    def _beside_the_bar(self, trainer: Trainer, shown: dict[str, Any]) -> dict[str, Any]:
+        """Return what the progress bar shows, with radius and acceptance rate: numbers that are on the host already."""
+        rows = {}
+        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
+            counts, start = counts_of(optimizer), self._epoch_start[suffix]
+            checks, accepted = (counts[name] - start[name] for name in ("checks", "accepted_checks"))
+            rows[suffix] = (optimizer.param_groups[0]["radius"], checks, accepted)
+        return beside(shown, bar_entries(rows))
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
         """Return the epoch's figures over all processes; all of them must call it.
@@ -213,59 +305,3 @@ class TrustRegionMonitor(Callback):
         figures.reset()
         figures.update(**{name: count - start[name] for name, count in counts_of(optimizer).items()})
         return dict(zip(FIGURES, figures.compute().tolist(), strict=True))
-
-
-def row_follows(trainer: Trainer) -> bool:
-    """Return whether the trainer will write a row after this batch, the same answer on all processes.
-
-    These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
-    """
-    if trainer.barebones or not trainer.loggers:
-        return False
-    if trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization:
-        return False
-    return trainer._logger_connector.should_update_logs or bool(getattr(trainer, "fast_dev_run", False))
-
-
-def find_optimizers(optimizers: Iterable[Any]) -> dict[str, Monitored]:
-    """Return the SOAA optimizers by the suffix of their keys: ``""``, ``"-1"``, ``"-2"``."""
-    raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning and DeepSpeed wrap
-    found = [optimizer for optimizer in raw if optimizer.param_groups[0].keys() >= NUMBERS]
-    return {f"-{index}" if index else "": optimizer for index, optimizer in enumerate(found)}
-
-
-def counts_of(optimizer: Monitored) -> Counts:
-    """Return the counters of the whole run. Plain ints in a group: reading them waits for no device."""
-    return {name: int(optimizer.param_groups[0][name]) for name in COUNTERS}
-
-
-def report_values(report: StepReport | None, suffix: str) -> dict[str, float]:
-    """Return what is logged of a report, with the same keys if there is none."""
-    return {
-        f"{prefix}{suffix}/{key}": nan if report is None else float(getattr(report, field))
-        for prefix, fields in STEP_FIELDS.items()
-        for key, field in fields.items()
-    }
-
-
-def group_values(groups: Sequence[Mapping[str, Any]], suffix: str) -> dict[str, float]:
-    """Return each group's radius where there are several groups and the optimizer keeps one for each."""
-    if len(groups) == 1:
-        return {}
-    return {
-        f"trust_region{suffix}/group_radius/{name}": float(group["group_radius"])
-        for name, group in zip(group_names(groups), groups, strict=True)
-        if "group_radius" in group
-    }
-
-
-def group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of parameter groups: their ``"name"``, or ``pg1``, ``pg2``.
-
-    Raises:
-        ValueError: two groups have the same name.
-    """
-    names = [str(group.get("name", f"pg{index}")) for index, group in enumerate(groups, start=1)]
-    if len(set(names)) < len(names):
-        refuse("TrustRegionMonitor", "name", "unique among the parameter groups of an optimizer", names)
-    return names

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius, SOAAMixin, StepReport, TrustRegionWarning
-from lightning_soaa.advice import PINNED_CHECKS, STUCK_CHECKS, WINDOW, Watch, advise
+from lightning_soaa._watch import FIRST_LOSSES, LAST_LOSSES, WINDOW, Watch
+from lightning_soaa.advice import PINNED_CHECKS, STUCK_CHECKS, advise
 from lightning_soaa.monitor import TrustRegionMonitor
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")]
@@ -312,6 +313,61 @@ def seen(*reports):
     for item in reports:
         watch.see_report(item)
     return watch
+
+
+def after_losses(first, last, checks=WINDOW * [GOOD], count=LAST_LOSSES, **head):
+    """Return a Watch that has seen reports with these base losses, and checks."""
+    watch = after(checks, **head)
+    for step, loss in enumerate([*FIRST_LOSSES * [first], *count * [last]]):
+        watch.see_report(report(step, base_loss=loss))
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        (1.0, 2.0, False),
+        (1.0, 2.001, True),
+        (2.3, 0.1, False),
+        (-1.0, 0.0, False),
+        (-1.0, 0.001, True),
+        (-1.0, -5.0, False),
+        (0.0, 1e-9, True),
+        (0.0, 0.0, False),
+    ],
+)
+def test_a_loss_has_risen_if_it_is_worse_by_more_than_it_was(first, last, said):
+    assert kinds(after_losses(first, last)) == ["loss_risen"] * said
+    assert kinds(after_losses(-first, -last, maximize=True)) == ["loss_risen"] * said
+
+
+def test_a_loss_has_not_risen_in_few_rows_without_checks_or_by_a_few_peaks():
+    assert kinds(after_losses(1.0, 9.0, count=LAST_LOSSES - 1)) == []
+    assert kinds(after_losses(1.0, 9.0, checks=())) == []
+    watch = after_losses(1.0, 9.0, count=LAST_LOSSES // 2 - 1)
+    for step in range(100, 100 + LAST_LOSSES):
+        watch.see_report(report(step, base_loss=1.0 if step % 2 else 9e9))
+    watch.see_report(report(200, base_loss=1.0))
+    assert kinds(watch) == []
+
+
+def test_losses_that_are_not_finite_or_not_known_are_left_out():
+    assert kinds(after_losses(nan, inf)) == []
+    assert len(after_losses(1.0, nan).last_losses) == 0
+
+
+def test_a_rise_is_not_named_where_its_cause_is():
+    assert kinds(after_losses(1.0, 9.0, checks=WINDOW * [BAD])) == ["acceptance_rate"]
+    assert kinds(after_losses(1.0, 9.0, steps=100, skipped_steps=50)) == ["skipped_steps"]
+
+
+def test_loss_risen_text():
+    assert text(after_losses(2.31, 10.06)) == (
+        "the loss has become worse, 10.1 in the median of the last rows after 2.31 in the first, although steps are "
+        "accepted. A check sees the loss of its own batch only, so steps may do good to it and harm to all others: use "
+        "a larger batch or accumulate_grad_batches, or lower the prior of the radius, as in "
+        "RatioRadius(relative=0.02). Ignore this where the loss is not meant to improve, as with adversaries."
+    )
 
 
 def test_gradients_are_zero_if_three_reports_in_a_row_say_so():

@@ -1,6 +1,7 @@
 """TrustRegionMonitor in Trainers on one process, with SOAA and with a stand-in that counts what is read of it."""
 
 import csv
+import re
 from math import isnan, nan
 
 import pytest
@@ -382,7 +383,7 @@ def test_a_run_without_soaa_is_refused_with_the_remedy(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["console", "advice"])
+@pytest.mark.parametrize("name", ["console", "advice", "histograms", "check_time", "layout"])
 def test_switches_must_be_bools(name):
     with pytest.raises(TypeError) as error:
         TrustRegionMonitor(**{name: 3})
@@ -395,11 +396,16 @@ LINES = [
 ]
 
 
+def epoch_lines_of(output):
+    """Return the epochs' lines of what a terminal was sent."""
+    lines = output.replace("\r", "\n").splitlines()
+    return [line.rstrip() for line in lines if re.match(r"Epoch \d+: radius", line)]
+
+
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_each_epoch_has_a_line_of_its_own_beside_the_bar(tmp_path, capsys, bar):
     trainer(tmp_path, bar(), enable_progress_bar=True, max_epochs=2).fit(counting_module(), batches(4))
-    output = capsys.readouterr().out.replace("\r", "\n").splitlines()
-    assert [line.rstrip() for line in output if "radius" in line] == LINES
+    assert epoch_lines_of(capsys.readouterr().out) == LINES
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
@@ -419,8 +425,7 @@ def test_a_step_skipped_between_rows_is_in_the_line_of_its_epoch(tmp_path, capsy
     trainer(tmp_path, bar, logger=False, enable_progress_bar=True, max_epochs=2).fit(
         Automatic(), batches(4, poisoned=[2])
     )
-    output = capsys.readouterr().out.replace("\r", "\n").splitlines()
-    assert [line.rstrip() for line in output if "radius" in line] == [
+    assert epoch_lines_of(capsys.readouterr().out) == [
         "Epoch 0: radius 1, no checks, 1 skipped step",
         "Epoch 1: radius 1, no checks, 1 skipped step",
     ]
