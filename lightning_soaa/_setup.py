@@ -23,17 +23,11 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
     Raises:
         ValueError: the text names the flag and the remedy.
     """
-    kind = type(trainer.strategy).__name__
-    if not _compat.is_lightning(trainer.strategy, frozenset({"SingleDeviceStrategy"})):
-        refuse("Trainer(strategy=...)", "on a single device", kind, "not supported yet: use devices=1, strategy='auto'")
-    plugin, name = trainer.precision_plugin, type(trainer.precision_plugin).__name__
-    supported = "32-true, 64-true, 16-true, bf16-true or bf16-mixed"
+    _refuse_strategy(trainer.strategy)
+    plugin = trainer.precision_plugin
     if not _compat.is_lightning(plugin, _compat.PRECISIONS):
-        refuse("Trainer(precision=...)", supported, name, "not supported yet: use one of these")
-    if getattr(plugin, "scaler", None) is not None:
-        refuse(
-            "Trainer(precision=...)", supported, f"{plugin.precision} with a GradScaler", "use precision='bf16-mixed'"
-        )
+        supported = "32-true, 64-true, 16-true, bf16-true, bf16-mixed or 16-mixed"
+        refuse("Trainer(precision=...)", supported, type(plugin).__name__, "not supported yet: use one of these")
     if module._soaa_choice is None and module._compiler_ctx is not None:
         refuse(
             "torch.compile",
@@ -48,6 +42,29 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
             "the signature with dataloader_iter",
             "a trial needs the batch again: use training_step(self, batch, batch_idx)",
         )
+
+
+def _refuse_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which SOAA's own step, or a trial beside it, cannot run.
+
+    Raises:
+        ValueError: the text names the strategy and the remedy.
+    """
+    kind = type(strategy).__name__
+    if not _compat.is_lightning(strategy, _compat.STRATEGIES):
+        remedy = _REMEDIES.get(kind, "not supported yet: use devices=1 or strategy='ddp'")
+        refuse("Trainer(strategy=...)", "on a single device or DDP", kind, remedy)
+    averaging = _compat.model_averaging(strategy)
+    if averaging is not None:
+        remedy = "parameters that differ between processes have no common radius: leave it out"
+        refuse(f"{kind}({averaging[0]}=...)", "left out", averaging[1], remedy)
+
+
+_REMEDIES = {
+    "FSDPStrategy": "a trial would be evaluated at stale parameters: use strategy='ddp'",
+    "ModelParallelStrategy": "sums over shards are not supported yet: use strategy='ddp'",
+    "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
+}
 
 
 def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
