@@ -46,8 +46,8 @@ class Proposal:
         ok: 0-d bool: loss and gradients are finite and no outlier. Where it is false the step moves nothing.
         outlier: 0-d bool: the gate leaves the gradient out.
         gate: what the outlier gate knows once it has seen the gradient, or None without a gate.
-        scale: c of step 3, 0-d.
-        gain: one over the root mean square of the gradients, by the second moments, 0-d.
+        scale: c of step 3, 0-d; None where the Fisher does not limit the step.
+        gain: one over the root mean square of the gradients, by the second moments, 0-d; None where it does.
         fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
             not `ok`; None if it was not asked for.
         sizes: one for each parameter group.
@@ -60,8 +60,8 @@ class Proposal:
     ok: Tensor
     outlier: Tensor
     gate: Tensor | None
-    scale: Tensor
-    gain: Tensor
+    scale: Tensor | None
+    gain: Tensor | None
     fresh: Tensor | None = None
     sizes: Sequence[StepSize] = ()
     directions: list[list[Tensor]] = field(default_factory=list)
@@ -165,7 +165,13 @@ def gather(
 
 
 def absorb(
-    buckets: list[Bucket], base: Tensor | None, fisher: DiagonalFisher, *, gate: Tensor | None, slope: float
+    buckets: list[Bucket],
+    base: Tensor | None,
+    fisher: DiagonalFisher,
+    *,
+    gate: Tensor | None,
+    slope: float,
+    fisher_limits: bool,
 ) -> Proposal:
     """Let the Fisher absorb all gradients, unless one of them or the loss is not finite or far out (steps 1 and 3).
 
@@ -175,6 +181,7 @@ def absorb(
         fisher: absorbs.
         gate: what the outlier gate knows, None for no gate.
         slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
+        fisher_limits: whether the Fisher limits the step, or only the radius does.
     """
     square = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets)
     ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
@@ -185,7 +192,7 @@ def absorb(
     fresh = torch.where(ok, fresh_slope(buckets, fisher).to(ok.device) / slope, nan) if slope else None
     for bucket in buckets:
         fisher.update(bucket, ok.to(bucket.device))
-    scale, gain = scales(buckets, fisher)
+    scale, gain = (fisher_scale(buckets, fisher), None) if fisher_limits else (None, gradient_gain(buckets, fisher))
     return Proposal(buckets, base, ok, outlier, gate, scale, gain, fresh)
 
 
@@ -197,7 +204,7 @@ def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
     old = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
     if not old:
         return torch.tensor(nan)
-    gain, parts = scales(old, fisher)[1], []
+    gain, parts = gradient_gain(old, fisher), []
     for bucket in old:
         device = bucket.device
         ok = torch.ones((), dtype=torch.bool, device=device)
@@ -205,22 +212,26 @@ def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
     return total(parts)
 
 
-def scales(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> tuple[Tensor, Tensor]:
-    """Return c of step 3 and one over the root mean square of the gradients, by the second moments, both 0-d."""
+def fisher_scale(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+    """Return c of step 3, 0-d."""
     mean, square, floor = total(fisher.sums(bucket) for bucket in buckets)
+    return 1 + mean / (square + floor)
+
+
+def gradient_gain(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> Tensor:
+    """Return one over the root mean square of the gradients, by the second moments, 0-d."""
     numel = max(1, sum(bucket.numel for bucket in buckets))
-    return 1 + mean / (square + floor), (square / numel).rsqrt().clamp_max(LARGEST_GAIN)
+    square = total(fisher.square(bucket) for bucket in buckets) / numel
+    gain: Tensor = square.rsqrt().clamp_max(LARGEST_GAIN)
+    return gain
 
 
-def aim(
-    proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool, fisher_limits: bool
-) -> None:
+def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
     """Set the directions for the given sizes, one for each group (steps 4 and 5), and the norm of the step."""
     proposal.sizes, proposal.directions, squares = sizes, [], []
     for bucket in proposal.buckets:
         size, device = sizes[bucket.group], bucket.device
-        scale = proposal.scale.to(device) if fisher_limits else None
-        gain = None if fisher_limits else proposal.gain.to(device)
+        scale, gain = (None if x is None else x.to(device) for x in (proposal.scale, proposal.gain))
         directions = fisher.direction(bucket, scale, proposal.ok.to(device), size.radius, gain)
         if cautious:
             drop_disagreement(directions, bucket.grads)
@@ -278,22 +289,18 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
     return [float(value) for value in packed.tolist()]
 
 
-def describe(
-    proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool, fisher_limits: bool
-) -> dict[str, float]:
+def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
-    buckets, scale = proposal.buckets, proposal.scale
+    buckets = proposal.buckets
     if skipped:  # the moments have not absorbed the gradient that the age counts
         buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
     buckets = [bucket for bucket in buckets if bucket.numel]
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
-    if skipped:
-        scale, _ = scales(buckets, fisher)
-    rows = []
+    scale, rows = fisher_scale(buckets, fisher), []
     for bucket in buckets:
-        limit = proposal.sizes[bucket.group].radius if fisher_limits else 0.0
+        limit = 0.0 if proposal.scale is None else proposal.sizes[bucket.group].radius
         rows.append(fisher.statistics(bucket, scale.to(bucket.device), limit).to(proposal.home))
     table = torch.stack(rows)
     columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]

@@ -47,7 +47,8 @@ class Stepper:
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
         buckets = gather(entries, self.groups, self.state)
-        return absorb(buckets, base, self.fisher, gate=gate, slope=head[keys.CHECKED_SLOPE])
+        slope, fisher_limits = head[keys.CHECKED_SLOPE], self.rule.fisher_limits
+        return absorb(buckets, base, self.fisher, gate=gate, slope=slope, fisher_limits=fisher_limits)
 
     def _minimised(self, loss: Tensor, home: torch.device) -> Tensor:
         """Return a loss as it is minimised, mean over ranks."""
@@ -56,7 +57,7 @@ class Stepper:
     def _aim(self, proposal: Proposal, radius: float) -> None:
         """Set the proposal's directions at `radius`."""
         sizes = step_sizes(self.groups, radius, keys.lr_unit(self.groups), folds_lr=self.rule.folds_lr)
-        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious, fisher_limits=self.rule.fisher_limits)
+        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious)
 
     def plain(self, entries: list[Entry], base: Tensor | None) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""

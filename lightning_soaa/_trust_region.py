@@ -84,16 +84,16 @@ def search(
         trial_loss: the loss at the current parameters, mean over ranks, 0-d.
         evidence: what is known before the first trial.
         rounding: rounding error of the base loss, relative to it.
-        gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured,
-            which is one more trial.
+        gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured.
+            That is one more trial, unless the radius is 0 and the first trial does it.
         pending: 0-d tensors to be read along with the trial; the third is a fresh slope of the last accepted check.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
     """
     home, mean_square = proposal.home, parameter_mean_square(proposal)
-    repeat = trial_loss() if gap is None else None
-    attempt, repeats = 0, int(gap is None)
+    apart = gap is None and numbers[RADIUS] > 0
+    repeat, attempt = trial_loss() if apart else None, 0
     while True:
         attempt += 1
         aim(proposal, numbers[RADIUS])
@@ -102,10 +102,10 @@ def search(
         values = [proposal.base, trial_loss(), predicted, mean_square, repeat, proposal.ok, proposal.outlier]
         base, trial, promised, square, repeated, ok, outlier, *heard = read([*values, *pending], home)
         known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}
-        known |= {"trials": attempt + repeats, "heard": heard}
+        known |= {"trials": attempt + apart, "heard": heard}
         if not ok:
             return numbers, known
-        gap = finite_or(repeated - base, inf) if gap is None else gap
+        gap = finite_or((repeated if apart else trial) - base, inf) if gap is None else gap
         seen = replace(
             evidence,
             base=base,

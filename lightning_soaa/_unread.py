@@ -1,7 +1,7 @@
 """What has happened on the device since the host last looked: small tensors that are read along with something else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from typing import Any
 
@@ -22,7 +22,7 @@ class Unread:
         skipped: steps whose loss or gradient was not finite.
         outliers: steps that the gate left out.
         fresh: slope of the gradient that followed the last check; nan if that step was left out.
-        gate: what the outlier gate knows, shape (7,).
+        gate: what the outlier gate knows, shape (8,).
     """
 
     skipped: Tensor | None = None
@@ -41,11 +41,10 @@ class Unread:
         """Return what is unread after a step that the host did not look at."""
         skipped = (proposal.ok | proposal.outlier).logical_not().to(torch.int64)
         outlier = proposal.outlier.to(torch.int64)
-        return Unread(
+        return replace(
+            self.beside(proposal),
             skipped=skipped if self.skipped is None else self.skipped + skipped,
             outliers=outlier if self.outliers is None else self.outliers + outlier,
-            fresh=self.fresh if proposal.fresh is None else proposal.fresh,
-            gate=proposal.gate,
         )
 
     def beside(self, proposal: Proposal) -> "Unread":

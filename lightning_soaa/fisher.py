@@ -78,11 +78,12 @@ class Bucket:
 
 
 def norms(tensors: Sequence[Tensor], order: int, *, foreach: bool) -> Tensor:
-    """Return the `order`-norm of each tensor, as one vector in the wide dtype."""
+    """Return the `order`-norm of each tensor, as one vector in the wide dtype; formed in float32 at least."""
+    dtype = torch.float32 if tensors[0].dtype.itemsize < 4 else None
     if foreach:
-        parts = torch._foreach_norm(list(tensors), order)
+        parts = torch._foreach_norm(list(tensors), order, dtype)
     else:
-        parts = tuple(torch.linalg.vector_norm(tensor, order) for tensor in tensors)
+        parts = tuple(torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors)
     return torch.stack(parts).to(wide_dtype(tensors[0].device))
 
 
@@ -234,8 +235,12 @@ class DiagonalFisher:
     def sums(self, bucket: Bucket) -> Tensor:
         """Return ``[sum(mh^2), sum(vh), eps n]`` over the bucket's n coordinates (the sums of step 3), shape (3,)."""
         moment = square_sum(bucket.state[MOMENT], foreach=bucket.foreach) / bucket.correction1**2
-        square = norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
+        square = self.square(bucket)
         return torch.stack((moment, square, torch.full_like(square, bucket.eps * bucket.numel)))
+
+    def square(self, bucket: Bucket) -> Tensor:
+        """Return ``sum(vh)`` over the bucket, 0-d."""
+        return norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
 
     def direction(
         self, bucket: Bucket, scale: Tensor | None, ok: Tensor, radius: float, gain: Tensor | None = None

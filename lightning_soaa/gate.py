@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 # Gradients absorbed before the gate knows anything.
-WARM_UP = 10
+WARM_UP = 5
 # A gradient is far out if its norm is this many standard deviations (of the logarithm) and this factor above the mean.
 NORM_DEVIATIONS, NORM_FACTOR = 6.0, 3.0
+# Where norms scatter widely that is too far: so is one whose norm is this factor above the highest of those taken.
+PEAK_FACTOR = 5.0
 # So is one whose loss is this many standard deviations, and whose norm is this factor, above the mean.
 LOSS_DEVIATIONS, LOSS_FACTOR = 10.0, 2.0
-# Of the averages of means and variances, the share of the newest.
-MEAN_SHARE, VARIANCE_SHARE = 0.1, 0.01
+# Of the averages of means and variances, the share of the newest; what the highest is forgotten by on each step, and
+# how much of the way to the limit an outlier lifts it.
+MEAN_SHARE, VARIANCE_SHARE, PEAK_LOSS, PEAK_LIFT = 0.1, 0.01, 0.001, 0.1
 # Each gradient that is taken earns this much of the right to leave one out, up to so many in a row: the gate never
 # leaves out more than 1 in 11 for long, and lets a lasting change in after three steps.
 EARNED, IN_A_ROW = 0.1, 3.0
 
-# Gradients seen, losses seen, right to leave out, mean and variance of the log norm, mean and variance of the loss.
-SIZE = 7
+# Gradients seen, losses seen, right to leave out, mean and variance of the log norm, mean and variance of the loss, and
+# how far the highest log norm lies above its mean.
+SIZE = 8
 
 
 def fresh_gate(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return what the gate knows before the first gradient, shape (7,)."""
-    return torch.tensor([0.0, 0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
+    """Return what the gate knows before the first gradient, shape (8,)."""
+    return torch.tensor([0.0, 0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
 
 
 def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,18 +41,19 @@ def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor
     may not be left out any more is a change of regime: the means start anew from it.
 
     Args:
-        known: what the gate knows, shape (7,); not modified.
+        known: what the gate knows, shape (8,); not modified.
         square: squared norm of the gradient, 0-d.
         loss: the loss it belongs to, 0-d, or None where it is not known.
         finite: 0-d bool; where it is false the gradient is none of the gate's business.
     """
-    seen, credit, mean, variance = known[:2], known[2], known[3::2], known[4::2]
+    seen, credit, mean, variance, peak = known[:2], known[2], known[3:7:2], known[4:7:2], known[7]
     usable = finite & (square > 0)
     norm = square.to(known.dtype).log() / 2
     there = torch.stack([usable, usable if loss is not None else torch.zeros_like(usable)])
     gap = torch.where(there, torch.stack([norm, norm if loss is None else loss.to(known.dtype)]) - mean, 0.0)
     spread = variance.sqrt()
-    limit = torch.stack([NORM_DEVIATIONS * spread[0] + log(NORM_FACTOR), LOSS_DEVIATIONS * spread[1]])
+    highest = torch.minimum(NORM_DEVIATIONS * spread[0] + log(NORM_FACTOR), peak + log(PEAK_FACTOR))
+    limit = torch.stack([highest, LOSS_DEVIATIONS * spread[1]])
     warm = usable & (seen >= WARM_UP)
     far = (warm[0] & (gap[0] > limit[0])) | (warm[1] & (gap[1] > limit[1]) & (gap[0] > log(LOSS_FACTOR)))
     outlier = far & (credit >= 1)
@@ -60,5 +65,8 @@ def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor
     variance = torch.where(there & (seen > 0), widened, variance)
     counted = there & ~outlier
     credit = torch.where(outlier, credit - 1, torch.where(usable, (credit + EARNED).clamp_max(IN_A_ROW), credit))
+    lifted = peak + PEAK_LIFT * (torch.minimum(gap[0], highest) - peak).clamp_min(0.0)
+    higher = torch.where(far, lifted, torch.maximum((1 - PEAK_LOSS) * peak, gap[0]))
+    peak = torch.where(usable & (seen[0] > 0), higher, peak)
     pairs = torch.stack([mean + moved, variance], dim=1).flatten()
-    return outlier, torch.cat([seen + counted.to(seen.dtype), credit.reshape(1), pairs])
+    return outlier, torch.cat([seen + counted.to(seen.dtype), credit.reshape(1), pairs, peak.reshape(1)])

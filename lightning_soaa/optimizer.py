@@ -39,8 +39,8 @@ class SOAA(Optimizer):
 
     Args:
         params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
-        lr: learning rate (default: 1e-3). Under RatioRadius it only scales where the search for the radius starts;
-            schedulers multiply the step as everywhere.
+        lr: learning rate (default: 1e-3). Under RatioRadius only the groups' proportions count, and schedulers, which
+            multiply the step as everywhere.
         betas: decays of the two moments, each in [0, 1) (default: None, which is (0.9, 0.99) under RatioRadius and
             Adam's (0.9, 0.999) under the other rules).
         eps: constant in the denominators, > 0 (default: 1e-8).
@@ -128,16 +128,14 @@ class SOAA(Optimizer):
         The statistics are computed when first read, which waits for the device once and takes a pass over the state.
         """
         if self._pending is not None:
-            (proposal, known), head, rule = self._pending, self.param_groups[0], self.radius_rule
+            (proposal, known), head = self._pending, self.param_groups[0]
             if "skipped" not in known:  # the host has not heard of it yet
                 ok, *heard = read([proposal.ok, *self._unread.figures()], proposal.home)
                 self._settle(heard)
                 known |= {"skipped": not ok, "accepted": bool(ok)}
                 known |= {name: head[name] for name in (keys.SKIPPED_STEPS, keys.OUTLIER_STEPS)}
             moved, skipped = known["accepted"], known["skipped"]
-            known |= describe(
-                proposal, self.fisher_rule, moved=moved, skipped=skipped, fisher_limits=rule.fisher_limits
-            )
+            known |= describe(proposal, self.fisher_rule, moved=moved, skipped=skipped)
             known["base_loss"] *= -1 if head["maximize"] else 1
             self._pending, self._report = None, StepReport(**known)
         return self._report
@@ -231,8 +229,7 @@ class SOAA(Optimizer):
             heard = known.pop("heard")
             if self._unread is not before:  # the loss closure had them counted, by saving or reading a report
                 heard[:2] = (0, 0)
-            self._settle(heard)
-            self._unread = Unread(gate=proposal.gate)
+            self._settle(heard, gate=proposal.gate)
         else:
             proposal, numbers, known = stepper.plain(entries, base)
             if "skipped" not in known:
@@ -246,10 +243,10 @@ class SOAA(Optimizer):
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
 
-    def _settle(self, heard: Sequence[float] | None = None) -> None:
+    def _settle(self, heard: Sequence[float] | None = None, *, gate: Tensor | None = None) -> None:
         """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
         settle(self.param_groups[0], self._unread.read() if heard is None else heard)
-        self._unread = Unread(gate=self._unread.gate)
+        self._unread = Unread(gate=self._unread.gate if gate is None else gate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also in mid-training; options it does not name are those of the defaults.

@@ -11,10 +11,10 @@ from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 # Bounds of the radius, in units of its prior. Three decades below it AdamW is slow on every task that was measured;
 # ten times above it one step is twice as long as the parameters.
 FLOOR, CEILING = 1e-3, 10.0
-# The highest first radius, in units of the prior. What a first step breaks, later ones do not mend.
-FIRST = 0.01
 # Below this share of the schedule's peak a step is too small to tell what the radius is worth at the peak.
 LATE = 0.05
+# Below this share burn-in does not pass the prior: the peak that a warm-up leads to is for the prior.
+WARM = 0.5
 # Parameters smaller than this count as this large: where they start at zero they have no scale of their own yet.
 SMALLEST_RMS = 1e-3
 # Checks of burn-in in which a radius may be held, in steps of full length. Parameters from zero take some to grow.
@@ -27,9 +27,9 @@ STEADY, STRETCHES = 4, 3
 class RatioRadius(AbstractRadius):
     """A radius in place of the learning rate, moved by what steps do to the loss.
 
-    It starts far too small and grows on every step, with a check on each (burn-in), up to its prior, `relative` times
-    the root mean square of the parameters. Curvature eats a share of every predicted reduction, ``1 - rho``; a check
-    measures it on the batch of the step. The mean share moves the radius:
+    It starts at its floor and grows on every step, with a check on each (burn-in), up to its prior, `relative` times
+    the root mean square of the parameters; the learning rate plays no part in that. Curvature eats a share of every
+    predicted reduction, ``1 - rho``; a check measures it on the batch of the step. The mean share moves the radius:
 
     - Less than ``1 - target``: the step is short, and the radius grows, beyond its prior too. Where a scheduler
       multiplies the step by f < 1, curvature eats less by as much; the share is held against ``f (1 - target)``, so
@@ -49,8 +49,6 @@ class RatioRadius(AbstractRadius):
     square: the loss may come in any unit.
 
     Args:
-        start: the first radius, in units of lr, > 0 (default: 0.01). One above 1/100 of the prior is lowered to that
-            before anything moves, one below 1/1000 raised to that after the first step.
         relative: the prior of the radius, in units of the parameters' root mean square, > 0 (default: 0.2).
         target: acceptance ratio that the radius is moved toward, in (0, 1) (default: 0.6).
         interval: steps from one check to the next after burn-in, >= 1 (default: 5). It stretches, up to four times,
@@ -68,15 +66,13 @@ class RatioRadius(AbstractRadius):
     gated: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 
-    start: float = 0.01
     relative: float = 0.2
     target: float = 0.6
     interval: int = 5
     max_trials: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("start", "relative"):
-            check_positive("RatioRadius", name, getattr(self, name))
+        check_positive("RatioRadius", "relative", self.relative)
         check_between("RatioRadius", "target", self.target, 0, 1, "in (0, 1)")
         for name in ("interval", "max_trials"):
             check_count("RatioRadius", name, getattr(self, name))
@@ -84,12 +80,12 @@ class RatioRadius(AbstractRadius):
     def init(self, lr: float) -> Numbers:
         """Return radius, phase, and the sums behind the means of eaten shares and fresh slopes.
 
-        The phase is 2 before the first accepted step, 1 in burn-in, 0 after it. `scale` is the parameters' root mean
-        square when burn-in ended, 0 before; `steady` counts checks that neither grew nor shrank the radius; `noise` is
-        that of the loss closure, as far as checks have shown it.
+        The radius is 0 until the first check knows the size of the parameters. The phase is 1 in burn-in, 0 after it.
+        `scale` is the parameters' root mean square when burn-in ended, 0 before; `steady` counts checks that neither
+        grew nor shrank the radius; `noise` is that of the loss closure, as far as checks have shown it.
         """
         means = {"eaten": 0.0, "eaten_weight": 0.0, "fresh": 0.0, "fresh_weight": 0.0}
-        return {"radius": self.start * (lr or 1e-3), "phase": 2, "scale": 0.0, "steady": 0.0, "noise": 0.0, **means}
+        return {"radius": 0.0, "phase": 1, "scale": 0.0, "steady": 0.0, "noise": 0.0, **means}
 
     def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
         """Return True on every step of burn-in, later on every `interval`-th, or less often while all is steady."""
@@ -100,19 +96,18 @@ class RatioRadius(AbstractRadius):
         """Undo a step that does harm; otherwise move the radius by eaten shares and fresh slopes."""
         low, prior, high = self.bounds(numbers, evidence)
         new = {**numbers, "radius_low": low, "radius_high": high}
-        radius, first = numbers["radius"], numbers["phase"] == 2
-        if evidence.predicted == 0 and radius > 0:  # no gradient, no schedule, or all masked: nothing to learn
+        radius = numbers["radius"]
+        if radius == 0:
+            return Decision({**new, "radius": low}, accepted=False, retry=True)
+        if evidence.predicted == 0:  # no gradient, no schedule, or all masked: nothing to learn
             return Decision(new, accepted=True)
-        if first and radius > max(low, FIRST * prior):
-            new["radius"] = max(low, FIRST * prior)
-            return Decision(new, accepted=False, retry=evidence.attempt < self.max_trials)
         new["noise"] = max(0.9 * numbers["noise"], surplus(evidence))
         evidence = replace(evidence, noise=evidence.noise + new["noise"])
         at_floor = radius <= low
-        if falls_short(evidence, 0.5 if first else -1.0) and not (at_floor and is_finite(evidence)):
-            if numbers["phase"] == 1:
+        if falls_short(evidence, -1.0) and not (at_floor and isfinite(gained(evidence))):
+            if numbers["phase"] and not at_floor:
                 new |= {"phase": 0, "scale": prior / self.relative}
-            new |= {"radius": max(low, radius * (0.25 if first else 0.5)), "steady": 0.0}
+            new |= {"radius": max(low, 0.5 * radius), "steady": 0.0}
             return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
         new |= self._means(numbers, evidence, at_floor=at_floor)
         new |= self._move(new, evidence, low=low, prior=prior, high=high)
@@ -144,22 +139,23 @@ class RatioRadius(AbstractRadius):
 
     def _move(self, new: Numbers, evidence: Evidence, *, low: float, prior: float, high: float) -> Numbers:
         """Return radius, phase, scale and steady count after an accepted check."""
-        excess, late = 1 - self.target, evidence.schedule <= LATE
+        excess, schedule = 1 - self.target, evidence.schedule
         eaten, fresh = (new[name] / (new[f"{name}_weight"] or 1.0) for name in ("eaten", "fresh"))
         unknown = abs(evidence.predicted) <= evidence.noise
         long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess and not unknown
-        short = eaten < excess * min(1.0, max(LATE, evidence.schedule))
+        short = eaten < excess * min(1.0, max(LATE, schedule))
         radius, phase, steady = new["radius"], int(new["phase"]), new["steady"]
         if phase:
             ends = long or (radius >= prior and not (short or unknown))
-            held = radius >= (prior if late or unknown else high)
-            steady = steady + min(1.0, evidence.schedule) if held else 0.0
+            top = prior if schedule < WARM or unknown else high
+            held = radius >= top
+            steady = steady + min(1.0, schedule) if held else 0.0
             ends = ends or steady > HELD
             growth = 1.25 if eaten < excess / 2 else 1.1
-            radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, high)
+            radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
             phase, steady = (0, 0.0) if ends else (1, steady)
         else:
-            moves = long or (short and not (late or unknown))
+            moves = long or (short and not unknown and schedule > LATE)
             steady = 0.0 if moves else steady + 1
             if long:
                 radius *= 0.7
@@ -171,9 +167,9 @@ class RatioRadius(AbstractRadius):
         return {"radius": max(radius, low), "phase": phase, "scale": scale, "steady": steady}
 
 
-def is_finite(evidence: Evidence) -> bool:
-    """Return whether there is a trial loss and it is finite."""
-    return evidence.trial is not None and isfinite(evidence.trial)
+def gained(evidence: Evidence) -> float:
+    """Return the actual reduction of the loss; -inf without a trial whose loss is finite."""
+    return evidence.base - evidence.trial if evidence.trial is not None and isfinite(evidence.trial) else -inf
 
 
 def eaten_share(evidence: Evidence) -> float | None:
@@ -181,10 +177,9 @@ def eaten_share(evidence: Evidence) -> float | None:
 
     None where the prediction is below `noise`: nothing is known of it then.
     """
-    if evidence.trial is None or abs(evidence.predicted) <= evidence.noise:
+    if abs(evidence.predicted) <= evidence.noise:
         return None
-    eaten = evidence.predicted - (evidence.base - evidence.trial)
-    return min(2.0, max(0.0, eaten / abs(evidence.predicted)))
+    return min(2.0, max(0.0, (evidence.predicted - gained(evidence)) / abs(evidence.predicted)))
 
 
 def surplus(evidence: Evidence) -> float:
@@ -192,9 +187,7 @@ def surplus(evidence: Evidence) -> float:
 
     A loss whose slope doubles along the step is rare: what is gained beyond that was the loss closure's own noise.
     """
-    if evidence.trial is None or not isfinite(evidence.trial):
-        return 0.0
-    return evidence.base - evidence.trial - 2 * abs(evidence.predicted)
+    return gained(evidence) - 2 * abs(evidence.predicted)
 
 
 def falls_short(evidence: Evidence, wanted: float) -> bool:
@@ -204,7 +197,5 @@ def falls_short(evidence: Evidence, wanted: float) -> bool:
     ``(1 - wanted) |predicted|``, and never divided by: near convergence both sides are rounding error, which is why
     `noise` is forgiven. A trial that is not finite always falls short.
     """
-    if evidence.trial is None or not isfinite(evidence.trial):
-        return True
-    eaten = evidence.predicted - (evidence.base - evidence.trial)
-    return eaten > (1 - wanted) * abs(evidence.predicted) + evidence.noise
+    gain = gained(evidence)
+    return not isfinite(gain) or evidence.predicted - gain > (1 - wanted) * abs(evidence.predicted) + evidence.noise

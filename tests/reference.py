@@ -14,12 +14,12 @@ class ReferenceSOAA:
         self.d, self.loss_ema, self.p, self.t = radius, 0.0, 0.0, 0
         self.lr_unit = max(group["lr"] for group in groups)
         self.initial_lrs = [group["lr"] for group in groups]
-        self.phase, self.unchecked, self.steady, self.scale = 2, 0, 0, 0.0
+        self.phase, self.unchecked, self.steady, self.scale = 1, 0, 0, 0.0
         self.eaten, self.fresh = [0.0, 0.0], [0.0, 0.0]  # weighted sum, sum of weights
         self.checked, self.slope = None, None  # (step without its mask, promised), and what the next gradient found
         self.gate = Gate()
         if rule == "ratio":
-            self.d = self.options["start"] * (self.lr_unit or 1e-3)
+            self.d = 0.0
         for group in groups:
             group["m"] = [np.zeros_like(x) for x in group["x"]]
             group["v"] = [np.zeros_like(x) for x in group["x"]]
@@ -87,7 +87,7 @@ class ReferenceSOAA:
         """Nothing moves. Where the host has not read the loss the parameters' age counts the step all the same."""
         due = self.rule == "ratio" and self.check_due()
         self.checked = self.checked if due else None
-        self.trials += due * (2 if self.gap is None else 1)  # they were under way before the host knew
+        self.trials += due  # they were under way before the host knew
         if self.rule == "fixed" or (self.rule == "ratio" and not due):
             for group, i in self.everything():
                 group["t"][i] += 1
@@ -122,11 +122,12 @@ class ReferenceSOAA:
         places, grads = list(self.everything()), [g for gs in grads for g in gs]
         start = [group["x"][i] for group, i in places]
         due = self.check_due()
-        if due and self.gap is None:
-            self.trials += 1
-            self.gap = loss_at() - loss  # what a loss that is not the same twice differs by
         self.unchecked = 0 if due else self.unchecked + 1
         rms = np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
+        if self.d == 0:
+            self.trials += 1
+            self.gap = loss_at() - loss  # what a loss that is not the same twice differs by
+            self.d = self.bounds(rms)[0]
         f = max(group["lr"] for group in self.groups) / self.lr_unit
         for attempt in range(1, 1 + (self.options["max_trials"] if due else 1)):
             alphas = [self.d * group["lr"] / self.lr_unit for group, _ in places]
@@ -153,24 +154,25 @@ class ReferenceSOAA:
         for (group, i), x in zip(self.everything(), points, strict=True):
             group["x"][i] = x
 
-    def judge(self, promised, actual, loss, rms, f):
-        """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
+    def bounds(self, rms):
+        """Floor, prior and ceiling of the radius."""
         rms = max(rms, 1e-3)
         prior = self.options["relative"] * (min(rms, self.scale) if self.scale else rms)
-        low, high = max(1e-3 * prior, np.finfo(float).eps * rms), 10 * prior
-        if promised == 0 and self.d > 0:
+        return max(1e-3 * prior, np.finfo(float).eps * rms), prior, 10 * prior
+
+    def judge(self, promised, actual, loss, rms, f):
+        """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
+        low, prior, high = self.bounds(rms)
+        if promised == 0:
             return True, False
-        if self.phase == 2 and self.d > max(low, 0.01 * prior):
-            self.d = max(low, 0.01 * prior)
-            return False, True
         self.noise = max(0.9 * self.noise, actual - 2 * abs(promised) if np.isfinite(actual) else 0.0)
         noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap) + self.noise
-        floor, wanted = self.d <= low, 0.5 if self.phase == 2 else -1.0
-        bad = not np.isfinite(actual) or promised - actual > (1 - wanted) * abs(promised) + noise
+        floor = self.d <= low
+        bad = not np.isfinite(actual) or promised - actual > 2 * abs(promised) + noise
         if bad and not (floor and np.isfinite(actual)):
-            if self.phase == 1:
+            if self.phase and not floor:
                 self.phase, self.scale = 0, prior / self.options["relative"]
-            self.d, self.steady = max(low, self.d * (0.25 if self.phase == 2 else 0.5)), 0
+            self.d, self.steady = max(low, self.d / 2), 0
             return False, not floor
         known = abs(promised) > noise
         memory = 0.5 if self.phase else 0.8
@@ -185,13 +187,14 @@ class ReferenceSOAA:
         long = known and self.eaten[1] > 0.5 and eaten > excess and eaten + slope > excess
         short = eaten < excess * min(1.0, max(0.05, f))
         if self.phase:
-            held = self.d >= (prior if f <= 0.05 or not known else high)
+            top = prior if f < 0.5 or not known else high
+            held = self.d >= top
             self.steady = self.steady + min(1.0, f) if held else 0
             ends = long or self.steady > 20 or (self.d >= prior and known and not short)
             if long:
                 self.d *= 0.4
             elif not ends and not held:
-                self.d = min(self.d * (1.25 if eaten < excess / 2 else 1.1), high)
+                self.d = min(self.d * (1.25 if eaten < excess / 2 else 1.1), top)
             if ends:
                 self.phase, self.steady = 0, 0
             else:
@@ -217,6 +220,7 @@ class Gate:
 
     def __init__(self):
         self.seen, self.credit, self.means, self.variances = [0, 0], 3.0, [0.0, 0.0], [0.0, 0.0]
+        self.peak = 0.0
 
     def leaves_out(self, grads, loss):
         square = sum(np.sum(g * g) for gs in grads for g in gs)
@@ -227,10 +231,14 @@ class Gate:
             return False
         there = [0] if loss is None else [0, 1]
         gaps = [np.log(square) / 2 - self.means[0], 0.0 if loss is None else loss - self.means[1]]
-        limits = [6 * np.sqrt(self.variances[0]) + np.log(3), 10 * np.sqrt(self.variances[1])]
-        warm = [seen >= 10 for seen in self.seen]
+        highest = min(6 * np.sqrt(self.variances[0]) + np.log(3), self.peak + np.log(5))
+        limits = [highest, 10 * np.sqrt(self.variances[1])]
+        warm = [seen >= 5 for seen in self.seen]
         far = (warm[0] and gaps[0] > limits[0]) or (warm[1] and gaps[1] > limits[1] and gaps[0] > np.log(2))
         out = far and self.credit >= 1
+        if self.seen[0]:
+            lifted = self.peak + 0.1 * max(0.0, min(gaps[0], highest) - self.peak)
+            self.peak = lifted if far else max(0.999 * self.peak, gaps[0])
         for k in there:
             newest = 1 / (self.seen[k] + 1)
             share = max(0.01, newest)

@@ -16,7 +16,7 @@ from lightning_soaa import FixedRadius, PublishedRadius, RatioRadius
 RULES = {
     "fixed": FixedRadius(0.05),
     "published": PublishedRadius(20),
-    "ratio": RatioRadius(start=20.0, interval=2),
+    "ratio": RatioRadius(interval=2),
 }
 STEPS, NAN_STEPS = 20, {1, 12}
 

@@ -221,7 +221,7 @@ KINDS = [*POISON, "nan loss", "inf loss", "-inf loss"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("rule", [PublishedRadius(50), RatioRadius(start=1.0)], ids=["published", "ratio"])
+@pytest.mark.parametrize("rule", [PublishedRadius(50), RatioRadius()], ids=["published", "ratio"])
 def test_bad_step_that_is_read_leaves_no_trace_in_the_run(rule, first, kind):
     problem, plain = (Problem(rule, weight_decay=0.1).run(0 if first else 7) for _ in range(2))
     before = {k: v for k, v in problem.facts().items() if not k.startswith("group")}
@@ -497,7 +497,9 @@ def test_closure_runs_once_with_gradients_and_loss_closure_without_whatever_surr
     assert modes == repeated + wanted * 2
 
 
-@pytest.mark.parametrize("rule", [RatioRadius(), RatioRadius(start=3e4), RatioRadius(interval=2, max_trials=1)])
+@pytest.mark.parametrize(
+    "rule", [RatioRadius(), RatioRadius(relative=50.0, target=0.01), RatioRadius(interval=2, max_trials=1)]
+)
 def test_loss_closure_is_called_as_often_as_trials_are_reported(rule):
     problem, trials = Problem(rule), []
     for _ in range(80):
@@ -507,8 +509,8 @@ def test_loss_closure_is_called_as_often_as_trials_are_reported(rule):
         assert problem.calls["loss"] - before == trials[-1]
     assert problem.optimizer.last_step.total_trials == sum(trials) == problem.calls["loss"]
     assert problem.calls["closure"] == 80
-    trials[0] -= 1  # the repetition in the first check
-    assert (max(trials) > 1) == (rule.start > 1)
+    trials[0] -= 1  # the one in which nothing moves
+    assert (max(trials) > 1) == (rule.relative > 1)
     assert min(trials) == 0
 
 
@@ -556,7 +558,7 @@ def test_report_and_radius_before_during_and_after(rule):
     assert problem.optimizer.last_step is None
     assert (
         problem.optimizer.radius
-        == {"fixed": 0.5, "published": 1.0, "ratio": 1e-5}[next(name for name, value in RULES.items() if value is rule)]
+        == {"fixed": 0.5, "published": 1.0, "ratio": 0.0}[next(name for name, value in RULES.items() if value is rule)]
     )
     problem.step()
     first = problem.optimizer.last_step
@@ -650,7 +652,7 @@ def test_reductions_are_those_of_the_last_check_measured_from_outside():
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("rule", [FixedRadius(4.0), PublishedRadius(50), RatioRadius(start=2.0), Script("ta")])
+@pytest.mark.parametrize("rule", [FixedRadius(4.0), PublishedRadius(50), RatioRadius(), Script("ta")])
 def test_step_norm_is_the_norm_of_the_displacement(rule, foreach, grouped):
     problem = Problem(rule, lr=0.02, foreach=foreach, grouped=grouped)
     if grouped:
@@ -663,7 +665,7 @@ def test_step_norm_is_the_norm_of_the_displacement(rule, foreach, grouped):
     assert problem.optimizer.last_step.step_norm > 0
 
 
-@pytest.mark.parametrize("rule", [FixedRadius(0.05), FixedRadius(10.0), PublishedRadius(50), RatioRadius(start=2.0)])
+@pytest.mark.parametrize("rule", [FixedRadius(0.05), FixedRadius(10.0), PublishedRadius(50), RatioRadius()])
 def test_fisher_statistics_and_active_fraction_are_those_of_numpy(rule):
     problem = Problem(rule)
     problem.params[3].requires_grad_(False)

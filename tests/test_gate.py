@@ -54,11 +54,12 @@ def test_gate_agrees_with_its_twin_in_plain_numbers(steps):
     out, known = decisions(norms, losses)
     assert out == expected
     facts = [*twin.seen, twin.credit, twin.means[0], twin.variances[0], twin.means[1], twin.variances[1]]
+    facts.append(twin.peak)
     np.testing.assert_allclose(known.numpy(), facts, rtol=1e-9, atol=1e-9)
 
 
 @given(sequences.filter(lambda steps: len(steps) >= WARM_UP))
-def test_nothing_is_left_out_among_the_first_ten(steps):
+def test_nothing_is_left_out_among_the_first_five(steps):
     out, _ = decisions([10.0**a for a, _ in steps][:WARM_UP], [b for _, b in steps][:WARM_UP])
     assert not any(out)
 
@@ -78,6 +79,21 @@ def test_gradient_of_twice_the_norm_is_left_out_if_its_loss_is_far_out_too():
         out, _ = decisions([*norms, norm], [*losses, loss])
         assert not any(out[:-1])
         assert out[-1] is expected
+
+
+@pytest.mark.parametrize("spread", [0.8, 1.2])
+def test_where_norms_scatter_widely_one_far_above_the_highest_is_left_out(spread):
+    """Six deviations would be a factor 360 and 4 000 above the mean."""
+    for seed in range(5):
+        norms, losses = steady(101, spread=spread, seed=seed)
+        norms[100] = 10 * max(norms[:100])
+        assert decisions(norms, losses)[0][100]
+
+
+@pytest.mark.parametrize("spread", [0.8, 1.2])
+def test_of_a_steady_run_whose_norms_scatter_widely_under_one_in_a_hundred_is_left_out(spread):
+    for seed in range(5):
+        assert sum(decisions(*steady(1000, spread=spread, seed=seed))[0]) < 10
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.5])
@@ -162,8 +178,9 @@ def test_one_outlier_moves_no_mean_and_widens_no_more_than_its_limit():
         out, after = decisions([far], [2.0], known=known)
         assert out == [True]
         assert torch.equal(after[3], known[3])
-        limit = 6 * known[4].sqrt() + math.log(3)
+        limit = min(6 * known[4].sqrt() + math.log(3), known[7] + math.log(5))
         assert after[4] == pytest.approx(float(0.99 * (known[4] + 0.01 * limit**2)), rel=1e-12)
+        assert after[7] == pytest.approx(float(known[7] + 0.1 * (limit - known[7])), rel=1e-12)
 
 
 def test_ten_equal_losses_at_the_start_do_not_narrow_the_limit_of_the_loss_for_good():

@@ -172,26 +172,24 @@ def test_gap_of_a_loss_closure_that_computes_another_loss_is_reported_saved_and_
 
 
 # A first radius above the floor, at which every finite loss is taken, and below 1/100 of the prior.
-BETWEEN = {"lr": 0.05}
-
-
 def test_loss_that_rises_by_more_than_the_gap_is_not_forgiven():
-    problem = Problem(RatioRadius(max_trials=1), **BETWEEN)
-    losses = iter([0.25, 0.6])
-    problem.optimizer.step(problem.closure, loss_closure=lambda: problem.loss() + next(losses))
-    assert not problem.optimizer.last_step.accepted
+    problem = Problem(RatioRadius(max_trials=1))
+    for gap in (*[0.25] * 9, 0.6):
+        assert problem.optimizer.radius > problem.optimizer.param_groups[0].get("radius_low", -1.0)
+        problem.optimizer.step(problem.closure, loss_closure=lambda gap=gap: problem.loss() + gap)
+        assert problem.optimizer.last_step.accepted == (gap == 0.25)
+        assert problem.optimizer.last_step.repeat_gap == pytest.approx(0.25, rel=1e-12)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_repetition_that_is_not_finite_is_an_infinite_gap_and_forgives_nothing(value):
-    problem = Problem(RatioRadius(max_trials=1), **BETWEEN)
-    losses = iter([value, 1e3, 1e3])
-    for _ in range(2):
-        head = problem.optimizer.param_groups[0]
-        assert head["radius"] > head.get("radius_low", 0.0)
-        problem.optimizer.step(problem.closure, loss_closure=lambda: next(losses))
-        assert problem.optimizer.last_step.repeat_gap == math.inf
-        assert not problem.optimizer.last_step.accepted
+    problem = Problem(RatioRadius(max_trials=1))
+    losses = iter([value])
+    problem.optimizer.step(problem.closure, loss_closure=lambda: next(losses, 1.0))
+    problem.run(8)
+    problem.optimizer.step(problem.closure, loss_closure=lambda: 1e3)
+    assert problem.optimizer.last_step.repeat_gap == math.inf
+    assert not problem.optimizer.last_step.accepted
 
 
 def test_repetition_that_could_not_be_compared_is_made_up_for_at_the_next_check():
@@ -199,7 +197,7 @@ def test_repetition_that_could_not_be_compared_is_made_up_for_at_the_next_check(
     problem.spoil = math.nan
     problem.step()
     assert math.isnan(problem.optimizer.last_step.repeat_gap)
-    assert problem.optimizer.last_step.trials == 2
+    assert problem.optimizer.last_step.trials == 1
     problem.spoil = 1.0
     problem.step()
     assert problem.optimizer.last_step.repeat_gap == 0

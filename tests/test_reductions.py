@@ -124,44 +124,42 @@ def test_a_step_falls_short_when_curvature_eats_more_than_its_share(base, trial,
 
 # Parameters of root mean square 1, unless a row says otherwise: the floor is 2e-4, the prior 0.2, the ceiling 2. Each
 # check promises 1; `eaten` and `slope` are the means so far, `actual` and `fresh` what this check saw.
-LOW, FIRST, PRIOR, HIGH = 2e-4, 2e-3, 0.2, 2.0
+LOW, PRIOR, HIGH = 2e-4, 0.2, 2.0
 NAN, BF16 = math.nan, 2.0**-7
 STAYS = {"accepted": True, "retry": False}
 GROWS, CREEPS, RETRY = {"factor": 1.25, **STAYS}, {"factor": 1.1, **STAYS}, {"accepted": False, "retry": True}
 
 DECISIONS = {
     # The first step
-    "a first step that comes true is taken": ({"radius": 1e-3}, {}, {**GROWS, "phase": 1}),
-    "half of it is enough": ({"radius": 1e-3}, {"actual": 0.5}, {**CREEPS, "phase": 1}),
-    "less is not": ({"radius": 1e-3}, {"actual": 0.49}, {**RETRY, "factor": 0.25, "phase": 2}),
-    "not finite is not": ({"radius": 1e-3}, {"actual": NAN}, {**RETRY, "factor": 0.25, "phase": 2}),
-    "enough trials for one step": (
-        {"radius": 1e-3},
-        {"actual": 0.4, "attempt": 4},
-        {"accepted": False, "retry": False, "factor": 0.25, "phase": 2},
+    "the first trial moves nothing and finds the floor": (
+        {"radius": 0.0, "weight": 0},
+        {"actual": 0.0, "predicted": 0.0},
+        {**RETRY, "radius": LOW, "phase": 1},
     ),
-    "a first radius above 1/100 of the prior is not tried": (
-        {"radius": 0.01},
-        {"actual": 1.0},
-        {**RETRY, "radius": FIRST, "phase": 2},
+    "whatever its loss": ({"radius": 0.0, "weight": 0}, {"actual": NAN, "predicted": 0.0}, {**RETRY, "radius": LOW}),
+    "and is no trial of the step": (
+        {"radius": 0.0, "weight": 0},
+        {"actual": 0.0, "predicted": 0.0, "attempt": 4},
+        {**RETRY, "radius": LOW},
     ),
-    "nor is it after the last trial": (
-        {"radius": 0.01},
-        {"attempt": 4},
-        {"accepted": False, "retry": False, "radius": FIRST, "phase": 2},
-    ),
-    "one at 1/100 is": ({"radius": FIRST}, {}, {**GROWS, "phase": 1}),
-    "it does not shrink below the floor": ({"radius": 6e-4}, {"actual": 0}, {**RETRY, "radius": LOW, "phase": 2}),
-    "where it is taken if it is finite": ({"radius": LOW}, {"actual": -9.0}, {**GROWS, "phase": 1}),
-    "and not tried again if it is not": (
-        {"radius": LOW},
+    "nor of the noise": ({"radius": 0.0, "weight": 0}, {"actual": 9.0, "predicted": 0.0}, {**RETRY, "noise": 0.0}),
+    "the step at the floor is taken": ({"radius": LOW, "weight": 0}, {"actual": -9.0}, {**GROWS, "phase": 1}),
+    "and not tried again if it is not finite": (
+        {"radius": LOW, "weight": 0},
         {"actual": NAN},
-        {"accepted": False, "retry": False, "radius": LOW, "phase": 2},
+        {"accepted": False, "retry": False, "radius": LOW, "phase": 1},
     ),
-    "one below the floor is taken, and lifted": ({"radius": 1e-8}, {"actual": -9.0}, {"radius": LOW, "phase": 1}),
-    "parameters at zero count as of size 1/1000": ({"radius": 1e-6}, {"rms": 0.0}, {**GROWS, "phase": 1}),
-    "and have a floor": ({"radius": 1e-8}, {"rms": 0.0, "actual": 0.4}, {"radius": 2e-7, "phase": 1}),
-    "parameters that are infinite count as of size 1": ({"radius": FIRST}, {"rms": math.inf}, {**GROWS, "phase": 1}),
+    "one below the floor is lifted": ({"radius": 1e-8, "weight": 0}, {}, {"radius": LOW, "phase": 1}),
+    "parameters at zero count as of size 1/1000": (
+        {"radius": 0.0, "weight": 0},
+        {"rms": 0.0, "predicted": 0.0},
+        {**RETRY, "radius": 2e-7},
+    ),
+    "parameters that are infinite count as of size 1": (
+        {"radius": 0.0, "weight": 0},
+        {"rms": math.inf, "predicted": 0.0},
+        {**RETRY, "radius": LOW},
+    ),
     # Burn-in
     "growth goes on below the prior": ({"phase": 1, "radius": 0.01}, {}, GROWS),
     "slowly where curvature eats a fifth and more": (
@@ -249,12 +247,18 @@ DECISIONS = {
         {**STAYS, "factor": 1.0, "phase": 0, "steady": 0, "scale": 1.0},
     ),
     "below it that count starts anew": ({"phase": 1, "radius": 1.0, "steady": 20}, {}, {**GROWS, "steady": 0}),
-    "late in the schedule the prior is the ceiling": (
+    "below half of the schedule's peak the prior is the ceiling": (
         {"phase": 1, "radius": PRIOR},
-        {"schedule": 0.04},
-        {**STAYS, "factor": 1.0, "phase": 1, "steady": 0.04},
+        {"schedule": 0.49},
+        {**STAYS, "factor": 1.0, "phase": 1, "steady": 0.49},
     ),
-    "below it a late burn-in grows": ({"phase": 1, "radius": 0.1}, {"schedule": 0.04}, GROWS),
+    "growth ends there": ({"phase": 1, "radius": 0.19}, {"schedule": 0.49}, {**STAYS, "radius": PRIOR, "phase": 1}),
+    "from half of it on it does not": (
+        {"phase": 1, "radius": PRIOR, "steady": 9.0},
+        {"schedule": 0.5},
+        {**GROWS, "phase": 1, "steady": 0},
+    ),
+    "below the prior it grows at any time": ({"phase": 1, "radius": 0.1}, {"schedule": 0.04}, GROWS),
     "early in a warm-up an eaten share of the schedule's is the target": (
         {"phase": 1, "radius": 0.25, "eaten": 0.05},
         {"actual": 0.95, "schedule": 0.1},
@@ -398,23 +402,28 @@ DECISIONS = {
 @pytest.mark.parametrize("name", DECISIONS)
 def test_ratio_radius_decides(name):
     before, check, after = DECISIONS[name]
-    phase = before.get("phase", 2)
-    weight, eaten, slope = 0.0 if phase == 2 else 1.0, before.get("eaten", 0.0), before.get("slope", 0.0)
+    phase, weight = before.get("phase", 1), before.get("weight", 1.0)
+    eaten, slope = before.get("eaten", 0.0), before.get("slope", 0.0)
     numbers = {
         **{"radius": before["radius"], "phase": phase, "steady": before.get("steady", 0)},
         **{"eaten": eaten, "eaten_weight": weight, "fresh": slope, "fresh_weight": weight},
         "scale": before.get("scale", 0.0 if phase else 1.0),
         "noise": before.get("noise", 0.0),
     }
-    check = {"actual": 1.0, "rms": 1.0, **check}
+    check = {"actual": 1.0, "rms": 1.0, "predicted": 1.0, **check}
     actual, rms = check.pop("actual"), check.pop("rms")
-    evidence = Evidence(base=0.0, trial=-actual, predicted=1.0, parameter_rms=rms, **check)
+    evidence = Evidence(base=0.0, trial=-actual, parameter_rms=rms, **check)
     given = dict(numbers)
     decision = RatioRadius().update(numbers, evidence)
     assert numbers == given
     new = decision.numbers
-    seen = {"accepted": decision.accepted, "retry": decision.retry, "factor": new["radius"] / before["radius"]}
-    seen |= {"mean": new["eaten"], "slope_mean": new["fresh"], **new}
+    seen = {"accepted": decision.accepted, "retry": decision.retry}
+    seen |= {
+        "factor": new["radius"] / (before["radius"] or math.nan),
+        "mean": new["eaten"],
+        "slope_mean": new["fresh"],
+        **new,
+    }
     expected = {"scale": numbers["scale"], **STAYS, **after} if phase == 0 else after
     for what, value in expected.items():
         assert seen[what] == pytest.approx(value, rel=1e-12, abs=1e-15), what
@@ -434,7 +443,6 @@ def test_ratio_radius_holds_the_eaten_share_of_two_checks_before_it_calls_a_step
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ({"phase": 2, "steady": 0}, 1),
         ({"phase": 1, "steady": 20}, 1),
         ({"phase": 0, "steady": 0}, 5),
         ({"phase": 0, "steady": 3}, 5),
@@ -450,7 +458,7 @@ def test_ratio_radius_checks_every_step_of_burn_in_and_then_the_less_often_the_s
     assert due == [unchecked + 1 >= expected for unchecked in range(30)]
 
 
-@pytest.mark.parametrize("phase", [2, 1, 0])
+@pytest.mark.parametrize("phase", [1, 0])
 def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing(phase):
     numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3}
     numbers |= {"eaten": 0.3, "eaten_weight": 1.0, "fresh": 0.1, "fresh_weight": 1.0}

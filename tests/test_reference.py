@@ -54,7 +54,7 @@ def test_published_radius_follows_the_independent_trajectory_to_1e_10(case, fore
         torch.testing.assert_close(x.detach(), torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=1e-10)
 
 
-RATIO = {"start": 0.01, "relative": 0.2, "target": 0.6, "interval": 5, "max_trials": 4}
+RATIO = {"relative": 0.2, "target": 0.6, "interval": 5, "max_trials": 4}
 SHAPES = [(3,), (2, 4), (), (0,), (5, 1)]
 
 

@@ -126,7 +126,6 @@ def test_groups_that_do_not_agree_on_maximize_are_refused():
             ValueError,
             "PublishedRadius: `initial_radius` must be > 0, got -1.0",
         ),
-        (lambda: RatioRadius(start=0), ValueError, "RatioRadius: `start` must be > 0, got 0.0"),
         (lambda: RatioRadius(relative="x"), TypeError, "RatioRadius: `relative` must be a real number, got 'x'"),
         (lambda: RatioRadius(target=1.0), ValueError, "RatioRadius: `target` must be in (0, 1), got 1.0"),
         (lambda: RatioRadius(target=0.0), ValueError, "RatioRadius: `target` must be in (0, 1), got 0.0"),
