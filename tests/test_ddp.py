@@ -66,7 +66,7 @@ class Hooked:
         self.trainer.strategy.model.register_comm_hook(None, compress)
 
 
-NAN_BATCH = 2
+NAN_BATCH, HIGH_BATCH = 2, 1
 
 
 def compress(state, bucket):
@@ -127,18 +127,21 @@ def compare():
 
 
 class Deciding(Watching):
-    """Weighs the loss by rank; that of rank 1 is nan on one batch of each epoch."""
+    """Weighs the loss by rank; on rank 1 it is nan on one batch of an epoch, and high on another in its trial alone."""
 
     def on_fit_start(self):
         super().on_fit_start()
-        self.spoilt, self.history = False, []
+        self.batch, self.history = 0, []
 
     def loss(self, batch):
         loss = super().loss(batch) * (1.0 + 3 * self.global_rank)
-        return loss * float("nan") if self.global_rank == 1 and self.spoilt else loss
+        if self.global_rank == 1:
+            loss = loss * (float("nan") if self.batch == NAN_BATCH else 1.0)
+            loss = loss + (1.0 if self.in_trial and self.batch == HIGH_BATCH else 0.0)
+        return loss
 
     def on_train_batch_start(self, batch, batch_idx):
-        self.spoilt = batch_idx == NAN_BATCH
+        self.batch = batch_idx
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -148,7 +151,7 @@ class Deciding(Watching):
 
 
 def decide():
-    run_ = run(make(Deciding, RatioRadius(interval=1, relative=100.0, max_trials=1), lr=50.0), max_epochs=3)
+    run_ = run(make(Deciding, RatioRadius(interval=1, max_trials=1)), max_epochs=3)
     found = {name: getattr(run_.module, name) for name in ("history", "losses", "before", "after")}
     return found | {"state": run_.trainer.optimizers[0].state_dict()}
 
@@ -250,10 +253,19 @@ def test_every_decision_is_the_same_on_both_ranks(ranks):
 def test_decisions_of_all_kinds_were_taken(ranks):
     reports = [report for _, _, report in ranks[0]["decisions"]["history"]]
     assert any(report["checked"] and report["accepted"] for report in reports)
-    assert any(report["checked"] and not report["accepted"] for report in reports)
-    assert {step for step, report in enumerate(reports) if report["skipped"]} == {
-        epoch * BATCHES // 2 + NAN_BATCH for epoch in range(3)
-    }
+    for batch, kind in ((NAN_BATCH, "skipped"), (HIGH_BATCH, "rejected")):
+        found = [
+            i for i, report in enumerate(reports) if not report["accepted"] and report["skipped"] == (kind == "skipped")
+        ]
+        assert found == [epoch * BATCHES // 2 + batch for epoch in range(3)], kind
+
+
+def test_step_that_one_rank_alone_would_take_is_put_back_on_both(ranks):
+    for rank in ranks:
+        history = rank["decisions"]["history"]
+        for step in range(HIGH_BATCH, len(history), BATCHES // 2):
+            assert torch.equal(history[step][0], history[step - 1][0])
+            assert history[step][1] < history[step - 1][1]
 
 
 def test_loss_that_is_nan_on_one_rank_moves_nothing_on_either(ranks):
