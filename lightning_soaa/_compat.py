@@ -3,8 +3,8 @@
 Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
 of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
 ``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
-``_forward_redirection``, ``_model_averaging_period`` and ``_ddp_comm_state`` of a strategy; ``_current_fx_name`` and
-``_compiler_ctx`` of a module.
+``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
+``_current_fx_name`` and ``_compiler_ctx`` of a module.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ import torch
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 PRECISIONS = frozenset({"Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"})
 
-STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
+STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"})
 
 
 def lightning(trainer: Any, name: str) -> ModuleType:
@@ -102,6 +102,11 @@ def model_averaging(strategy: Any) -> tuple[str, str] | None:
     if type(state).__name__ == "PostLocalSGDState":
         return "ddp_comm_state", type(state).__name__
     return None
+
+
+def tensor_parallel_size(trainer: Any) -> int:
+    """Return over how many processes single tensors are split, as far as the strategy has been told."""
+    return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
 
 
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:

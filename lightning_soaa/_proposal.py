@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_soaa._checks import refuse
+from lightning_soaa._dist import local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
 from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, square_sum, wide_dtype
 from lightning_soaa.gate import pass_gate
@@ -79,10 +80,16 @@ class Proposal:
             bucket.grads = []
 
 
-def total(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of small tensors, one a bucket, on the device of the first."""
+def total(parts: Iterable[Tensor], buckets: Sequence[Bucket]) -> Tensor:
+    """Return the sum of small tensors, one a bucket, over all shards, on the device of the first."""
     listed = list(parts)
-    return torch.stack([part.to(listed[0].device) for part in listed]).sum(0)
+    listed = [part.to(listed[0].device) for part in listed]
+    kinds = dict.fromkeys(bucket.shards for bucket in buckets)
+    sums = []
+    for shards in kinds:
+        here = [part for part, bucket in zip(listed, buckets, strict=True) if bucket.shards == shards]
+        sums.append(over_shards(torch.stack(here).sum(0), shards))
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
@@ -125,7 +132,11 @@ def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: floa
 
 def only_zeros(entries: Iterable[Entry]) -> bool:
     """Return whether all gradients are zero. The host waits for the device once a parameter, up to the first other."""
-    return not any(bool(param.grad.count_nonzero()) for _, param in entries if param.grad is not None)
+    return not any(
+        bool(over_shards(local(param.grad).count_nonzero(), shards_of(param.grad)))
+        for _, param in entries
+        if param.grad is not None
+    )
 
 
 def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: DiagonalFisher) -> None:
@@ -148,19 +159,21 @@ def gather(
             continue
         group, kept = groups[index], state[param]
         kept[STEP] += 1
-        key = (index, param.device, param.dtype, kept[STEP])
+        shards = shards_of(param)
+        key = (index, param.device, param.dtype, kept[STEP], shards)
         if key not in buckets:
             beta1, beta2 = group["betas"]
             foreach = group["foreach"] is not False
             buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
-            buckets[key].last_bound = float(group[GROUP_RADIUS])
+            buckets[key].last_bound, buckets[key].shards = float(group[GROUP_RADIUS]), shards
         bucket = buckets[key]
-        grad = as_real(param.grad.resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
-        bucket.params.append(as_real(param))
+        grad = as_real(local(param.grad).resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
+        bucket.params.append(as_real(local(param)))
+        bucket.coordinates += param.numel() * (2 if param.is_complex() else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
         for name, value in kept.items():
             if isinstance(value, Tensor):
-                bucket.state.setdefault(name, []).append(value)
+                bucket.state.setdefault(name, []).append(local(value))
     return list(buckets.values())
 
 
@@ -183,7 +196,7 @@ def absorb(
         slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
         fisher_limits: whether the Fisher limits the step, or only the radius does.
     """
-    square = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets)
+    square = total([square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets], buckets)
     ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
     outlier = torch.zeros_like(ok)
     if gate is not None:
@@ -209,19 +222,20 @@ def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
         device = bucket.device
         ok = torch.ones((), dtype=torch.bool, device=device)
         parts.append(dots(bucket.grads, fisher.direction(bucket, None, ok, bucket.last_bound, gain.to(device))))
-    return total(parts)
+    return total(parts, old)
 
 
-def fisher_scale(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+def fisher_scale(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> Tensor:
     """Return c of step 3, 0-d."""
-    mean, square, floor = total(fisher.sums(bucket) for bucket in buckets)
-    return 1 + mean / (square + floor)
+    mean, square, floor = total([fisher.sums(bucket) for bucket in buckets], buckets)
+    scale: Tensor = 1 + mean / (square + floor)
+    return scale
 
 
 def gradient_gain(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> Tensor:
     """Return one over the root mean square of the gradients, by the second moments, 0-d."""
-    numel = max(1, sum(bucket.numel for bucket in buckets))
-    square = total(fisher.square(bucket) for bucket in buckets) / numel
+    numel = max(1, sum(bucket.coordinates for bucket in buckets))
+    square = total([fisher.square(bucket) for bucket in buckets], buckets) / numel
     gain: Tensor = square.rsqrt().clamp_max(LARGEST_GAIN)
     return gain
 
@@ -237,7 +251,7 @@ def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *
             drop_disagreement(directions, bucket.grads)
         squares.append(square_sum(directions, foreach=bucket.foreach) * size.lr**2)
         proposal.directions.append(directions)
-    proposal.square = total(squares)
+    proposal.square = total(squares, proposal.buckets)
 
 
 def move(proposal: Proposal, *, decay: bool) -> None:
@@ -258,10 +272,11 @@ def move(proposal: Proposal, *, decay: bool) -> None:
 
 def linear_reduction(proposal: Proposal) -> Tensor:
     """Return ``-(g . s)`` for the gradient that was absorbed and the step without weight decay, 0-d."""
-    return total(
+    parts = [
         dots(bucket.grads, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    )
+    ]
+    return total(parts, proposal.buckets)
 
 
 def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
@@ -269,16 +284,17 @@ def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
 
     The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule as published.
     """
-    return total(
+    parts = [
         fisher.model_reduction(bucket, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    )
+    ]
+    return total(parts, proposal.buckets)
 
 
 def parameter_mean_square(proposal: Proposal) -> Tensor:
     """Return the mean square of all parameters of the proposal, 0-d; nan without coordinates."""
-    squares = (square_sum(bucket.params, foreach=bucket.foreach) for bucket in proposal.buckets)
-    return total(squares) / sum(bucket.numel for bucket in proposal.buckets)
+    squares = [square_sum(bucket.params, foreach=bucket.foreach) for bucket in proposal.buckets]
+    return total(squares, proposal.buckets) / sum(bucket.coordinates for bucket in proposal.buckets)
 
 
 def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
@@ -289,23 +305,33 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
     return [float(value) for value in packed.tolist()]
 
 
+def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: DiagonalFisher) -> Tensor:
+    """Return the Fisher's statistics of a bucket over all shards, of which this rank may hold none, shape (4,)."""
+    if bucket.numel:
+        here = fisher.statistics(bucket, scale, limit)
+    else:
+        here = torch.tensor([inf, -inf, 0, 0], dtype=scale.dtype, device=scale.device)
+    least, most = over_shards(here[:1], bucket.shards, "MIN"), over_shards(here[1:2], bucket.shards, "MAX")
+    return torch.cat((least, most, over_shards(here[2:], bucket.shards)))
+
+
 def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     buckets = proposal.buckets
     if skipped:  # the moments have not absorbed the gradient that the age counts
         buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
-    buckets = [bucket for bucket in buckets if bucket.numel]
+    buckets = [bucket for bucket in buckets if bucket.coordinates]
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
     scale, rows = fisher_scale(buckets, fisher), []
     for bucket in buckets:
         limit = 0.0 if proposal.scale is None else proposal.sizes[bucket.group].radius
-        rows.append(fisher.statistics(bucket, scale.to(bucket.device), limit).to(proposal.home))
+        rows.append(statistics(bucket, scale.to(bucket.device), limit, fisher).to(proposal.home))
     table = torch.stack(rows)
     columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
     low, high, trace, active, square, base_loss = read([*columns, base], proposal.home)
-    numel = sum(bucket.numel for bucket in buckets)
+    numel = sum(bucket.coordinates for bucket in buckets)
     return {
         "base_loss": base_loss,
         "step_norm": square**0.5 if moved else 0.0,

@@ -53,7 +53,7 @@ def _refuse_strategy(strategy: Any) -> None:
     kind = type(strategy).__name__
     if not _compat.is_lightning(strategy, _compat.STRATEGIES):
         remedy = _REMEDIES.get(kind, "not supported yet: use devices=1 or strategy='ddp'")
-        refuse("Trainer(strategy=...)", "on a single device or DDP", kind, remedy)
+        refuse("Trainer(strategy=...)", "on a single device, DDP or FSDP2", kind, remedy)
     averaging = _compat.model_averaging(strategy)
     if averaging is not None:
         remedy = "parameters that differ between processes have no common radius: leave it out"
@@ -61,8 +61,7 @@ def _refuse_strategy(strategy: Any) -> None:
 
 
 _REMEDIES = {
-    "FSDPStrategy": "a trial would be evaluated at stale parameters: use strategy='ddp'",
-    "ModelParallelStrategy": "sums over shards are not supported yet: use strategy='ddp'",
+    "FSDPStrategy": "a trial would be evaluated at stale parameters: use ModelParallelStrategy, which is FSDP2",
     "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
 }
 
@@ -75,6 +74,18 @@ def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     if any(isinstance(callback, TrustRegionMonitor) for callback in [*own, *present]):
         return callbacks
     return [*own, TrustRegionMonitor()]
+
+
+def refuse_tensor_parallel(trainer: Any) -> None:
+    """Refuse tensor parallelism; the sizes are known once the strategy has set up its processes.
+
+    Raises:
+        ValueError: as said.
+    """
+    size = 1 if trainer is None else _compat.tensor_parallel_size(trainer)
+    if size != 1:
+        remedy = "tensor parallelism is not supported yet: use data_parallel_size for all devices, and fully_shard"
+        refuse("ModelParallelStrategy(tensor_parallel_size=...)", "1", str(size), remedy)
 
 
 def make_soaa(module: Any, params: Any) -> SOAA:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_soaa._dist import Shards
+
 MOMENT = "m"
 SQUARE = "v"
 
@@ -43,6 +45,8 @@ class Bucket:
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
         last_bound: d of the last step.
+        shards: the process groups over which the coordinates are spread; the tensors here are this rank's part.
+        coordinates: their number, over all shards.
     """
 
     group: int
@@ -55,6 +59,8 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
     last_bound: float = 0.0
+    shards: Shards = ()
+    coordinates: int = 0
 
     @property
     def correction1(self) -> float:
@@ -68,7 +74,7 @@ class Bucket:
 
     @property
     def numel(self) -> int:
-        """Return the number of coordinates."""
+        """Return the number of coordinates held here."""
         return sum(tensor.numel() for tensor in self.params)
 
     @property

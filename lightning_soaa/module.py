@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_soaa import _automatic, _compat, _manual
 from lightning_soaa._closures import AROUND, HANDED_OVER, Window, inside, run_batch
-from lightning_soaa._setup import make_soaa, refuse_unsupported, with_monitor, with_soaa
+from lightning_soaa._setup import make_soaa, refuse_tensor_parallel, refuse_unsupported, with_monitor, with_soaa
 from lightning_soaa.optimizer import SOAA
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class SOAAMixin(_Base):
 
     Raises:
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
-        ValueError: at the start of a fit, for what it does not carry: strategies other than DDP, precision plugins it
-            does not know, several optimizers, ``torch.compile`` of the whole module where
+        ValueError: at the start of a fit, for what it does not carry: strategies other than DDP and FSDP2, precision
+            plugins it does not know, several optimizers, ``torch.compile`` of the whole module where
             ``automatic_optimization`` is not set, ``dataloader_iter``. The text names flag and remedy.
 
     Does not undo, after a trial, what `training_step` does outside of the module: see :attr:`in_trial`.
@@ -203,6 +203,7 @@ def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
     """Return the user's configuration with SOAA in it, or SOAA alone."""
+    refuse_tensor_parallel(module._trainer)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
     return with_soaa(module, inner())
