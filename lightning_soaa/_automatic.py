@@ -10,7 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_soaa import _compat
-from lightning_soaa._closures import AROUND, HANDED_OVER, Replay, Window, soaa_of, trial_loss, warn_of_edits
+from lightning_soaa._closures import (
+    AROUND,
+    HANDED_OVER,
+    Replay,
+    Window,
+    closure_loss,
+    soaa_of,
+    trial_loss,
+    warn_of_edits,
+)
 from lightning_soaa.trial import capture_random, own_containers, versions
 
 
@@ -56,8 +65,9 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
     def whole() -> Tensor | None:
         if window.replays:
             window.replays[-1].state = capture_random(module.device)  # the user's `optimizer_step` may have drawn
-        _enter(module, window, closure())
-        return window.base
+        loss = closure()
+        _enter(module, window, loss)
+        return closure_loss(module, window, loss)
 
     raw = soaa_of(module.trainer)
     if raw.radius_rule.needs_trial:

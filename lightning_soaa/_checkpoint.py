@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lightning_soaa._checks import check_nonnegative, refuse
 from lightning_soaa._state import LR_UNIT, RADIUS, RULE_NAME, STEP, as_real, state_dtype
-from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius
 
 
 def check_loadable(
-    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rule: AbstractRadius, fisher: DiagonalFisher
+    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rule: AbstractRadius, fisher: AbstractFisher
 ) -> None:
     """Refuse a state dict that is not SOAA's, is of another radius rule, or does not fit the parameters of `groups`.
 
@@ -60,7 +60,7 @@ def _pairs(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
         yield from zip(theirs["params"], mine["params"], strict=False)
 
 
-def _check_entry(index: Any, entry: Mapping[str, Any] | None, param: Tensor, fisher: DiagonalFisher) -> None:
+def _check_entry(index: Any, entry: Mapping[str, Any] | None, param: Tensor, fisher: AbstractFisher) -> None:
     """Refuse the state of one parameter if it is not what a step of SOAA leaves there. No state at all is fine.
 
     Raises:

@@ -94,15 +94,13 @@ def _optimize(
 ) -> dict[str, Any]:
     """Run the closure of one micro-batch in the way the trainer's flags ask for."""
     trainer = module.trainer
-    backward = None if _compat.forward_only(trainer) else module.manual_backward
-    inner = _compat.make_closure(trainer, forward, backward, zero_grad)
+    inner = _compat.make_closure(trainer, forward, _compat.make_backward(trainer, optimizer), zero_grad)
 
     def closure() -> Tensor | None:
-        with inside(module):
-            loss = inner()
+        loss = inner()
         if loss is not None:
             window.base = loss if window.base is None else window.base + loss
-        return window.base
+        return closure_loss(module, window, loss)
 
     if _compat.forward_only(trainer):
         closure()
@@ -121,7 +119,7 @@ def _optimize(
 
 @contextmanager
 def inside(module: Any) -> Iterator[None]:
-    """Let ``automatic_optimization`` read False: the user's step and the backward run in here."""
+    """Let ``automatic_optimization`` read False: the user's step runs in here."""
     module._soaa_phase = INSIDE
     try:
         yield
@@ -134,17 +132,30 @@ def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], 
     trainer = module.trainer
     if window is None:
         with _compat.training_step_context(module):
-            return _compat.result_of(trainer, step(*arguments))
+            return _compat.result_of(trainer, _compat.forward(trainer, module, "_soaa_step", step, *arguments))
     kept = Replay(step, own_containers(arguments), capture_random(module.device))
     before = None if module._soaa_batch_seen else versions(arguments)
     with _compat.training_step_context(module):
-        result = _compat.result_of(trainer, step(*arguments))
+        result = _compat.result_of(trainer, _compat.forward(trainer, module, "_soaa_step", step, *arguments))
     if before is not None:
         warn_of_edits(trainer, before, kept.arguments)
     module._soaa_batch_seen = True
     if result.loss is not None:
         window.replays.append(kept)
     return result
+
+
+def closure_loss(module: Any, window: Window, loss: Tensor | None) -> Tensor | None:
+    """Return what the closure of a window's last micro-batch returns, whose own loss is `loss`.
+
+    A gradient scaler calls the closure itself and passes none to the optimizer. There the optimizer is given the base
+    loss, unscaled, with the loss closure; a closure that returns None has the scaler leave out the step.
+    """
+    if not _compat.scales_gradients(module.trainer):
+        return window.base
+    if window.base is not None:
+        soaa_of(module.trainer).bind_loss_closure(partial(trial_loss, module, window), base_loss=window.base)
+    return loss
 
 
 def warn_of_edits(trainer: Any, before: list[int], arguments: tuple[Any, ...]) -> None:

@@ -1,16 +1,18 @@
 """The one place that knows Lightning's internals. Imports neither package, so that a module of either one works.
 
 Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
-of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_optimizer_step``, ``optim_progress``,
-``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``; ``_current_fx_name`` and
-``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs`` and ``epoch_loop._batches_that_stepped``;
-``_train_progress_bar`` of TQDMProgressBar.
+of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
+``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
+``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
+``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs`` and
+``epoch_loop._batches_that_stepped``; ``_train_progress_bar`` of TQDMProgressBar.
 """
 
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 SHADOWED = "_soaa_shadowed"
 PRECISIONS = frozenset({"Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"})
+
+STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"})
 
 
 def lightning(trainer: Any, name: str) -> ModuleType:
@@ -138,6 +142,62 @@ def make_zero_grad(trainer: Any, optimizer: Any) -> Callable[[], None] | None:
     batch_idx = trainer.fit_loop.epoch_loop.batch_idx
     zero_grad: Callable[[], None] | None = automatic_loop(trainer)._make_zero_grad_fn(batch_idx, optimizer)
     return zero_grad
+
+
+def make_backward(trainer: Any, optimizer: Any) -> Callable[[Any], None] | None:
+    """Return what runs the backward of a loss with all hooks around it; None in an epoch that is forward only."""
+    backward: Callable[[Any], None] | None = automatic_loop(trainer)._make_backward_fn(optimizer)
+    return backward
+
+
+def model_averaging(strategy: Any) -> tuple[str, str] | None:
+    """Return the flag of a DDPStrategy that lets parameters differ between processes, and its value; None if unset."""
+    period, state = getattr(strategy, "_model_averaging_period", None), getattr(strategy, "_ddp_comm_state", None)
+    if period is not None:
+        return "model_averaging_period", str(period)
+    if type(state).__name__ == "PostLocalSGDState":
+        return "ddp_comm_state", type(state).__name__
+    return None
+
+
+def tensor_parallel_size(trainer: Any) -> int:
+    """Return over how many processes single tensors are split, as far as the strategy has been told."""
+    return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
+
+
+def unwrap(trainer: Any, module: Any) -> Callable[[], None]:
+    """Let the strategy call `module` itself, not what it is wrapped in, and return what undoes that."""
+    strategy = trainer.strategy
+    if strategy.model is module:
+        return lambda: None
+    undo = partial(setattr, strategy, "model", strategy.model)
+    strategy.model = module
+    return undo
+
+
+def forward(trainer: Any, module: Any, method: str, *arguments: Any) -> Any:
+    """Return what `method` of `module` returns, called by way of what `module` is wrapped in (as for DDP).
+
+    Raises:
+        RuntimeError: it returned None, and there are other processes, which would wait for this one's gradients.
+    """
+    strategy = trainer.strategy
+    if strategy.model is module:
+        output = getattr(module, method)(*arguments)
+    else:
+        output = strategy._forward_redirection(strategy.model, module, method, *arguments)
+    if output is None and trainer.world_size > 1:
+        raise RuntimeError(
+            "SOAAMixin: `training_step` must return a loss where there are several processes, got None in process "
+            f"{trainer.global_rank}; the others wait for its gradients: return a loss of 0 that depends on all "
+            "parameters"
+        )
+    return output
+
+
+def scales_gradients(trainer: Any) -> bool:
+    """Return whether a gradient scaler steps the optimizer: it passes no closure, and skips steps that overflow."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def optimizer_step(trainer: Any, closure: Callable[[], Any]) -> None:

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._checks import refuse
-from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
-from lightning_soaa.fisher import Bucket, DiagonalFisher, dots, drop_disagreement, gated, square_sum, wide_dtype
+from lightning_soaa._bucket import Bucket, dots, gated, square_sum, wide_dtype
+from lightning_soaa._dist import over_shards
+from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.gate import pass_gate
 
 # Its square must not overflow in float32. Gradients below one over it are no longer scaled up to 1.
@@ -79,31 +79,16 @@ class Proposal:
             bucket.grads = []
 
 
-def total(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum of small tensors, one a bucket, on the device of the first."""
+def total(parts: Iterable[Tensor], buckets: Sequence[Bucket]) -> Tensor:
+    """Return the sum of small tensors, one a bucket, over all shards, on the device of the first."""
     listed = list(parts)
-    return torch.stack([part.to(listed[0].device) for part in listed]).sum(0)
-
-
-def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """Return all parameters with a gradient.
-
-    Raises:
-        TypeError: a gradient is sparse; the text names its parameter.
-    """
-    entries = []
-    for index, group in enumerate(groups):
-        for place, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            if param.grad.layout != torch.strided:
-                names = group.get("param_names")
-                name = names[place] if names else f"{place} of group {index}"
-                refuse(
-                    "SOAA", "params", "given dense gradients", f"a {param.grad.layout} of parameter {name}", TypeError
-                )
-            entries.append((index, param))
-    return entries
+    listed = [part.to(listed[0].device) for part in listed]
+    kinds = dict.fromkeys(bucket.shards for bucket in buckets)
+    sums = []
+    for shards in kinds:
+        here = [part for part, bucket in zip(listed, buckets, strict=True) if bucket.shards == shards]
+        sums.append(over_shards(torch.stack(here).sum(0), shards))
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: float, *, folds_lr: bool) -> list[StepSize]:
@@ -123,51 +108,10 @@ def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: floa
     return sizes
 
 
-def only_zeros(entries: Iterable[Entry]) -> bool:
-    """Return whether all gradients are zero. The host waits for the device once a parameter, up to the first other."""
-    return not any(bool(param.grad.count_nonzero()) for _, param in entries if param.grad is not None)
-
-
-def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: DiagonalFisher) -> None:
-    """Give every parameter that has none its fresh state (`state` is modified in place)."""
-    for _, param in entries:
-        if not state[param]:
-            state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
-
-
-def gather(
-    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
-) -> list[Bucket]:
-    """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
-
-    The age of each parameter counts the gradient from here on (`state` is modified in place).
-    """
-    buckets: dict[tuple[Any, ...], Bucket] = {}
-    for index, param in entries:
-        if param.grad is None:
-            continue
-        group, kept = groups[index], state[param]
-        kept[STEP] += 1
-        key = (index, param.device, param.dtype, kept[STEP])
-        if key not in buckets:
-            beta1, beta2 = group["betas"]
-            foreach = group["foreach"] is not False
-            buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
-            buckets[key].last_bound = float(group[GROUP_RADIUS])
-        bucket = buckets[key]
-        grad = as_real(param.grad.resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
-        bucket.params.append(as_real(param))
-        bucket.grads.append(-grad if group["maximize"] else grad)
-        for name, value in kept.items():
-            if isinstance(value, Tensor):
-                bucket.state.setdefault(name, []).append(value)
-    return list(buckets.values())
-
-
 def absorb(
     buckets: list[Bucket],
     base: Tensor | None,
-    fisher: DiagonalFisher,
+    fisher: AbstractFisher,
     *,
     gate: Tensor | None,
     slope: float,
@@ -183,7 +127,7 @@ def absorb(
         slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
         fisher_limits: whether the Fisher limits the step, or only the radius does.
     """
-    square = total(square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets)
+    square = total([square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets], buckets)
     ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
     outlier = torch.zeros_like(ok)
     if gate is not None:
@@ -196,7 +140,7 @@ def absorb(
     return Proposal(buckets, base, ok, outlier, gate, scale, gain, fresh)
 
 
-def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+def fresh_slope(buckets: Iterable[Bucket], fisher: AbstractFisher) -> Tensor:
     """Return ``-(g . s)`` of gradients not yet absorbed and the last step s, 0-d.
 
     The step is made anew from the moments, which have not moved since; as far as it was masked, that is not repeated.
@@ -209,35 +153,34 @@ def fresh_slope(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
         device = bucket.device
         ok = torch.ones((), dtype=torch.bool, device=device)
         parts.append(dots(bucket.grads, fisher.direction(bucket, None, ok, bucket.last_bound, gain.to(device))))
-    return total(parts)
+    return total(parts, old)
 
 
-def fisher_scale(buckets: Iterable[Bucket], fisher: DiagonalFisher) -> Tensor:
+def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
     """Return c of step 3, 0-d."""
-    mean, square, floor = total(fisher.sums(bucket) for bucket in buckets)
-    return 1 + mean / (square + floor)
+    mean, square, floor = total([fisher.sums(bucket) for bucket in buckets], buckets)
+    scale: Tensor = 1 + mean / (square + floor)
+    return scale
 
 
-def gradient_gain(buckets: Sequence[Bucket], fisher: DiagonalFisher) -> Tensor:
+def gradient_gain(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
     """Return one over the root mean square of the gradients, by the second moments, 0-d."""
-    numel = max(1, sum(bucket.numel for bucket in buckets))
-    square = total(fisher.square(bucket) for bucket in buckets) / numel
+    numel = max(1, sum(bucket.coordinates for bucket in buckets))
+    square = total([fisher.square(bucket) for bucket in buckets], buckets) / numel
     gain: Tensor = square.rsqrt().clamp_max(LARGEST_GAIN)
     return gain
 
 
-def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: DiagonalFisher, *, cautious: bool) -> None:
+def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: AbstractFisher, *, cautious: bool) -> None:
     """Set the directions for the given sizes, one for each group (steps 4 and 5), and the norm of the step."""
     proposal.sizes, proposal.directions, squares = sizes, [], []
     for bucket in proposal.buckets:
         size, device = sizes[bucket.group], bucket.device
         scale, gain = (None if x is None else x.to(device) for x in (proposal.scale, proposal.gain))
-        directions = fisher.direction(bucket, scale, proposal.ok.to(device), size.radius, gain)
-        if cautious:
-            drop_disagreement(directions, bucket.grads)
+        directions = fisher.direction(bucket, scale, proposal.ok.to(device), size.radius, gain, cautious=cautious)
         squares.append(square_sum(directions, foreach=bucket.foreach) * size.lr**2)
         proposal.directions.append(directions)
-    proposal.square = total(squares)
+    proposal.square = total(squares, proposal.buckets)
 
 
 def move(proposal: Proposal, *, decay: bool) -> None:
@@ -258,27 +201,29 @@ def move(proposal: Proposal, *, decay: bool) -> None:
 
 def linear_reduction(proposal: Proposal) -> Tensor:
     """Return ``-(g . s)`` for the gradient that was absorbed and the step without weight decay, 0-d."""
-    return total(
+    parts = [
         dots(bucket.grads, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    )
+    ]
+    return total(parts, proposal.buckets)
 
 
-def published_reduction(proposal: Proposal, fisher: DiagonalFisher) -> Tensor:
+def published_reduction(proposal: Proposal, fisher: AbstractFisher) -> Tensor:
     """Return ``lr (sum(mh u) - 1/2 sum(vh u^2))`` (step 10), 0-d.
 
     The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule as published.
     """
-    return total(
+    parts = [
         fisher.model_reduction(bucket, directions) * proposal.sizes[bucket.group].lr
         for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    )
+    ]
+    return total(parts, proposal.buckets)
 
 
 def parameter_mean_square(proposal: Proposal) -> Tensor:
     """Return the mean square of all parameters of the proposal, 0-d; nan without coordinates."""
-    squares = (square_sum(bucket.params, foreach=bucket.foreach) for bucket in proposal.buckets)
-    return total(squares) / sum(bucket.numel for bucket in proposal.buckets)
+    squares = [square_sum(bucket.params, foreach=bucket.foreach) for bucket in proposal.buckets]
+    return total(squares, proposal.buckets) / sum(bucket.coordinates for bucket in proposal.buckets)
 
 
 def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
@@ -289,23 +234,33 @@ def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
     return [float(value) for value in packed.tolist()]
 
 
-def describe(proposal: Proposal, fisher: DiagonalFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
+def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: AbstractFisher) -> Tensor:
+    """Return the Fisher's statistics of a bucket over all shards, of which this rank may hold none, shape (4,)."""
+    if bucket.numel:
+        here = fisher.statistics(bucket, scale, limit)
+    else:
+        here = torch.tensor([inf, -inf, 0, 0], dtype=scale.dtype, device=scale.device)
+    least, most = over_shards(here[:1], bucket.shards, "MIN"), over_shards(here[1:2], bucket.shards, "MAX")
+    return torch.cat((least, most, over_shards(here[2:], bucket.shards)))
+
+
+def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     buckets = proposal.buckets
     if skipped:  # the moments have not absorbed the gradient that the age counts
         buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
-    buckets = [bucket for bucket in buckets if bucket.numel]
+    buckets = [bucket for bucket in buckets if bucket.coordinates]
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
     scale, rows = fisher_scale(buckets, fisher), []
     for bucket in buckets:
         limit = 0.0 if proposal.scale is None else proposal.sizes[bucket.group].radius
-        rows.append(fisher.statistics(bucket, scale.to(bucket.device), limit).to(proposal.home))
+        rows.append(statistics(bucket, scale.to(bucket.device), limit, fisher).to(proposal.home))
     table = torch.stack(rows)
     columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
     low, high, trace, active, square, base_loss = read([*columns, base], proposal.home)
-    numel = sum(bucket.numel for bucket in buckets)
+    numel = sum(bucket.coordinates for bucket in buckets)
     return {
         "base_loss": base_loss,
         "step_norm": square**0.5 if moved else 0.0,

@@ -23,17 +23,11 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
     Raises:
         ValueError: the text names the flag and the remedy.
     """
-    kind = type(trainer.strategy).__name__
-    if not _compat.is_lightning(trainer.strategy, frozenset({"SingleDeviceStrategy"})):
-        refuse("Trainer(strategy=...)", "on a single device", kind, "not supported yet: use devices=1, strategy='auto'")
-    plugin, name = trainer.precision_plugin, type(trainer.precision_plugin).__name__
-    supported = "32-true, 64-true, 16-true, bf16-true or bf16-mixed"
+    _refuse_strategy(trainer.strategy)
+    plugin = trainer.precision_plugin
     if not _compat.is_lightning(plugin, _compat.PRECISIONS):
-        refuse("Trainer(precision=...)", supported, name, "not supported yet: use one of these")
-    if getattr(plugin, "scaler", None) is not None:
-        refuse(
-            "Trainer(precision=...)", supported, f"{plugin.precision} with a GradScaler", "use precision='bf16-mixed'"
-        )
+        supported = "32-true, 64-true, 16-true, bf16-true, bf16-mixed or 16-mixed"
+        refuse("Trainer(precision=...)", supported, type(plugin).__name__, "not supported yet: use one of these")
     if module._soaa_choice is None and module._compiler_ctx is not None:
         refuse(
             "torch.compile",
@@ -67,6 +61,28 @@ def refuse_foreign_state(checkpoint: dict[str, Any]) -> None:
             )
 
 
+def _refuse_strategy(strategy: Any) -> None:
+    """Refuse a strategy under which SOAA's own step, or a trial beside it, cannot run.
+
+    Raises:
+        ValueError: the text names the strategy and the remedy.
+    """
+    kind = type(strategy).__name__
+    if not _compat.is_lightning(strategy, _compat.STRATEGIES):
+        remedy = _REMEDIES.get(kind, "not supported yet: use devices=1 or strategy='ddp'")
+        refuse("Trainer(strategy=...)", "on a single device, DDP or FSDP2", kind, remedy)
+    averaging = _compat.model_averaging(strategy)
+    if averaging is not None:
+        remedy = "parameters that differ between processes have no common radius: leave it out"
+        refuse(f"{kind}({averaging[0]}=...)", "left out", averaging[1], remedy)
+
+
+_REMEDIES = {
+    "FSDPStrategy": "a trial would be evaluated at stale parameters: use ModelParallelStrategy, which is FSDP2",
+    "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
+}
+
+
 def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     """Return the module's `callbacks` and a TrustRegionMonitor, unless there or among those `present` is one."""
     from lightning_soaa.monitor import TrustRegionMonitor
@@ -75,6 +91,18 @@ def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     if any(isinstance(callback, TrustRegionMonitor) for callback in [*own, *present]):
         return callbacks
     return [*own, TrustRegionMonitor()]
+
+
+def refuse_tensor_parallel(trainer: Any) -> None:
+    """Refuse tensor parallelism; the sizes are known once the strategy has set up its processes.
+
+    Raises:
+        ValueError: as said.
+    """
+    size = 1 if trainer is None else _compat.tensor_parallel_size(trainer)
+    if size != 1:
+        remedy = "tensor parallelism is not supported yet: use data_parallel_size for all devices, and fully_shard"
+        refuse("ModelParallelStrategy(tensor_parallel_size=...)", "1", str(size), remedy)
 
 
 def make_soaa(module: Any, params: Any) -> SOAA:

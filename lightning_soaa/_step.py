@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _state as keys
+from lightning_soaa._gather import Entry, ensure_state, gather
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Entry, Proposal, absorb, aim, ensure_state, gather, step_sizes
+from lightning_soaa._proposal import Proposal, absorb, aim, step_sizes
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread
-from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
 
 LossClosure = Callable[[], Any]
@@ -37,7 +38,7 @@ class Stepper:
     state: dict[Tensor, dict[str, Any]]
     defaults: dict[str, Any]
     rule: AbstractRadius
-    fisher: DiagonalFisher
+    fisher: AbstractFisher
     unread: Unread
 
     def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:

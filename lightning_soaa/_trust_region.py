@@ -17,7 +17,7 @@ from lightning_soaa._proposal import (
     read,
 )
 from lightning_soaa._state import RADIUS, Snapshot
-from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 
 Aim = Callable[[Proposal, float], None]
@@ -36,7 +36,7 @@ def judge(rule: AbstractRadius, numbers: Numbers, evidence: Evidence) -> Decisio
 
 
 def follow(
-    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, aim: Aim, fisher: DiagonalFisher, evidence: Evidence
+    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, aim: Aim, fisher: AbstractFisher, evidence: Evidence
 ) -> tuple[Numbers, Known]:
     """Take a step without a trial. Reads nothing on the host unless the rule needs the loss.
 

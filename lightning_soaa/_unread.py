@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_soaa._bucket import wide_dtype
 from lightning_soaa._proposal import Proposal, read
 from lightning_soaa._state import FRESH_SLOPE, GATE, OUTLIER_STEPS, SKIPPED_STEPS
-from lightning_soaa.fisher import wide_dtype
 from lightning_soaa.gate import fresh_gate
 
 

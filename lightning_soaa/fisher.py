@@ -13,95 +13,17 @@ agree bit for bit on the CPU. Equation numbers are the steps of the published ru
     5  u = d mh / (r + eps)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_soaa._bucket import Bucket, dots, gated, norms, square_sum, wide_dtype
+
 MOMENT = "m"
 SQUARE = "v"
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which scalars are kept on `device`: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@dataclass
-class Bucket:
-    """Tensors of one parameter group, device, dtype and age, with the scalars that belong to them.
-
-    Args:
-        group: index of the parameter group.
-        step: gradients absorbed by these parameters, the current one included (t of the formulas).
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: the constant of steps 3 and 5.
-        foreach: whether the ``_foreach`` form is used.
-        params: the parameters, as real tensors of any shape.
-        grads: their gradients in the state's dtype, of the same shapes.
-        state: lists of tensors by key, each as long as `params`.
-        last_bound: d of the last step.
-    """
-
-    group: int
-    step: int
-    beta1: float
-    beta2: float
-    eps: float
-    foreach: bool
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    state: dict[str, list[Tensor]] = field(default_factory=dict)
-    last_bound: float = 0.0
-
-    @property
-    def correction1(self) -> float:
-        """Return ``1 - b1^t`` (step 2)."""
-        return 1 - self.beta1**self.step
-
-    @property
-    def correction2(self) -> float:
-        """Return ``1 - b2^t`` (step 2)."""
-        return 1 - self.beta2**self.step
-
-    @property
-    def numel(self) -> int:
-        """Return the number of coordinates."""
-        return sum(tensor.numel() for tensor in self.params)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of all tensors in the bucket."""
-        return self.params[0].device
-
-
-def norms(tensors: Sequence[Tensor], order: int, *, foreach: bool) -> Tensor:
-    """Return the `order`-norm of each tensor, as one vector in the wide dtype; formed in float32 at least."""
-    dtype = torch.float32 if tensors[0].dtype.itemsize < 4 else None
-    if foreach:
-        parts = torch._foreach_norm(list(tensors), order, dtype)
-    else:
-        parts = tuple(torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors)
-    return torch.stack(parts).to(wide_dtype(tensors[0].device))
-
-
-def square_sum(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
-    """Return the sum of squares of all entries, 0-d in the wide dtype."""
-    return norms(tensors, 2, foreach=foreach).square().sum()
-
-
-def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Return ``sum_i <left_i, right_i>`` as a 0-d tensor in the wide dtype."""
-    parts = [(a * b).sum() for a, b in zip(left, right, strict=True)]
-    return torch.stack(parts).to(wide_dtype(left[0].device)).sum()
-
-
-def gated(ok: Tensor, value: float, otherwise: float) -> Tensor:
-    """Return `value` where `ok` and `otherwise` elsewhere, 0-d in the wide dtype, without reading `ok` on the host."""
-    wide = torch.full((), value, dtype=wide_dtype(ok.device), device=ok.device)
-    return torch.where(ok, wide, otherwise)
 
 
 def update_moments(
@@ -213,8 +135,61 @@ def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> 
         direction.mul_(direction * grad > 0)
 
 
+class AbstractFisher(ABC):
+    """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
+
+    @abstractmethod
+    def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the fresh state of one real parameter, in `dtype`; the same keys for every parameter."""
+
+    @abstractmethod
+    def update(self, bucket: Bucket, ok: Tensor) -> None:
+        """Absorb the bucket's gradients where `ok` (step 1; the state is modified in place)."""
+
+    @abstractmethod
+    def square(self, bucket: Bucket) -> Tensor:
+        """Return ``sum(vh)`` over the bucket, 0-d."""
+
+    @abstractmethod
+    def sums(self, bucket: Bucket) -> Tensor:
+        """Return ``[sum(mh^2), sum(vh), eps n]`` over the bucket's n coordinates (the sums of step 3), shape (3,)."""
+
+    @abstractmethod
+    def direction(
+        self,
+        bucket: Bucket,
+        scale: Tensor | None,
+        ok: Tensor,
+        radius: float,
+        gain: Tensor | None = None,
+        *,
+        cautious: bool = False,
+    ) -> list[Tensor]:
+        """Return u of step 5 for each parameter of the bucket, zero where not `ok`.
+
+        Args:
+            bucket: its moments are read.
+            scale: c of step 3, 0-d; None leaves F out.
+            ok: 0-d bool.
+            radius: d.
+            gain: what gradients are multiplied by before eps is added, 0-d; None for 1.
+            cautious: coordinates on which u does not descend along the bucket's gradients are zero.
+        """
+
+    @abstractmethod
+    def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
+        """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""
+
+    @abstractmethod
+    def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
+        """Return ``[min, max, sum, number of coordinates that F limits]`` of F over a non-empty bucket, shape (4,).
+
+        F limits a coordinate where ``d F > sqrt(vh)`` (step 4): there the model binds, not the radius.
+        """
+
+
 @dataclass(frozen=True)
-class DiagonalFisher:
+class DiagonalFisher(AbstractFisher):
     """The Fisher of the published rule: Adam's second moment, scaled by the size of the mean gradient (step 3).
 
     O(n) in memory and time. Keeps two tensors a parameter, ``m`` and ``v``. The gradient of a rejected step stays in
@@ -243,19 +218,18 @@ class DiagonalFisher:
         return norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
 
     def direction(
-        self, bucket: Bucket, scale: Tensor | None, ok: Tensor, radius: float, gain: Tensor | None = None
+        self,
+        bucket: Bucket,
+        scale: Tensor | None,
+        ok: Tensor,
+        radius: float,
+        gain: Tensor | None = None,
+        *,
+        cautious: bool = False,
     ) -> list[Tensor]:
-        """Return u of step 5 for each parameter of the bucket, zero where not `ok`.
-
-        Args:
-            bucket: its moments are read.
-            scale: c of step 3, 0-d; None leaves F out.
-            ok: 0-d bool.
-            radius: d.
-            gain: what gradients are multiplied by before eps is added, 0-d; None for 1.
-        """
+        """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
         form = box_direction_foreach if bucket.foreach else box_direction
-        return form(
+        directions = form(
             bucket.state[MOMENT],
             bucket.state[SQUARE],
             scale,
@@ -266,6 +240,9 @@ class DiagonalFisher:
             eps=bucket.eps,
             gain=gain,
         )
+        if cautious:
+            drop_disagreement(directions, bucket.grads)
+        return directions
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""
@@ -274,10 +251,7 @@ class DiagonalFisher:
         return linear - quadratic / 2
 
     def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
-        """Return ``[min, max, sum, number of coordinates that F limits]`` of F over a non-empty bucket, shape (4,).
-
-        F limits a coordinate where ``d F > sqrt(vh)`` (step 4): there the model binds, not the radius.
-        """
+        """Return least, largest and sum of F, and on how many coordinates it limits the step, shape (4,)."""
         wide, rows = wide_dtype(bucket.device), []
         for second in bucket.state[SQUARE]:
             if second.numel():

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _automatic, _compat, _manual
-from lightning_soaa._closures import AROUND, HANDED_OVER, Window, run_batch
-from lightning_soaa._setup import make_soaa, refuse_foreign_state, refuse_unsupported, with_monitor, with_soaa
+from lightning_soaa._closures import AROUND, HANDED_OVER, Window, inside, run_batch
+from lightning_soaa._setup import (
+    make_soaa,
+    refuse_foreign_state,
+    refuse_tensor_parallel,
+    refuse_unsupported,
+    with_monitor,
+    with_soaa,
+)
 from lightning_soaa.optimizer import SOAA
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ class SOAAMixin(_Base):
     A :class:`~lightning_soaa.monitor.TrustRegionMonitor` is added unless there is one.
 
     Lightning's loop sees manual optimization while it hands over a batch, and nowhere else: ``automatic_optimization``
-    reads False from the end of ``on_train_batch_start`` until the gradients are there, and True around. So checks,
+    reads False from the end of ``on_train_batch_start`` until `training_step` has returned, and True around. So checks,
     schedulers, clipping, accumulation, checkpoints and hooks are Lightning's own, as under automatic optimization. The
     same hooks run on the same values in the same order, and ``optimizer_step`` may be overridden.
 
@@ -45,7 +52,7 @@ class SOAAMixin(_Base):
 
     Raises:
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
-        ValueError: at the start of a fit, for what it does not carry: several processes, precision "16-mixed" and
+        ValueError: at the start of a fit, for what it does not carry: strategies other than DDP and FSDP2, precision
             plugins it does not know, several optimizers, ``torch.compile`` of the whole module where
             ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
             text names flag and remedy.
@@ -127,6 +134,11 @@ class SOAAMixin(_Base):
         """
         return _manual.soaa_step(self, optimizer, loss_fn)
 
+    def _soaa_step(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Run the user's `training_step`; DistributedDataParallel calls this by way of its own forward."""
+        with inside(self):
+            return step(*arguments)
+
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as LightningModule does; nothing in a trial."""
         if not self._soaa_in_trial:
@@ -139,6 +151,9 @@ class SOAAMixin(_Base):
 
 
 Act = Callable[..., Any]
+
+# Attribute that the module has while a batch is handed over: a function that lets the strategy wrap the module again.
+_WRAP_AGAIN = "_soaa_wrap_again"
 
 
 def _take_over_flag(cls: type[SOAAMixin]) -> None:
@@ -194,6 +209,7 @@ def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
     refuse_unsupported(module, trainer)
     _adopt_configure_optimizers(module)
     module._soaa_phase, module._soaa_window, module._soaa_batch_seen = AROUND, None, False
+    vars(module).pop(_WRAP_AGAIN, None)
     return with_monitor(callbacks, trainer.callbacks)
 
 
@@ -207,6 +223,7 @@ def _adopt_configure_optimizers(module: SOAAMixin) -> None:
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
     """Return the user's configuration with SOAA in it, or SOAA alone."""
+    refuse_tensor_parallel(module._trainer)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
     return with_soaa(module, inner())
@@ -230,6 +247,7 @@ def _on_train_batch_start(module: SOAAMixin, inner: Act, batch: Any, batch_idx: 
         _compat.level_steps(module.trainer)
         module._soaa_default_dtype = torch.get_default_dtype()
         module._soaa_phase = HANDED_OVER
+        vars(module)[_WRAP_AGAIN] = _compat.unwrap(module.trainer, module)
     return response
 
 
@@ -238,6 +256,7 @@ def _training_step(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> 
     if module._soaa_phase != HANDED_OVER:
         return inner(*args, **kwargs)
     module._soaa_phase = AROUND
+    vars(module).pop(_WRAP_AGAIN)()
     return run_batch(module, partial(inner, **kwargs), args)
 
 

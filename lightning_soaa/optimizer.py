@@ -10,11 +10,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import check_loadable, restore_precision
 from lightning_soaa._checks import refuse
+from lightning_soaa._gather import Entry, ensure_state, find_gradients, only_zeros
 from lightning_soaa._loss import scalar_loss
-from lightning_soaa._proposal import Entry, Proposal, describe, ensure_state, find_gradients, only_zeros, read
+from lightning_soaa._proposal import Proposal, describe, read
 from lightning_soaa._step import LossClosure, Stepper
 from lightning_soaa._unread import Unread, settle
-from lightning_soaa.fisher import DiagonalFisher
+from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
@@ -83,13 +84,13 @@ class SOAA(Optimizer):
         weight_decay: float = 0.0,
         *,
         radius: AbstractRadius = RatioRadius(),  # noqa: B008  (frozen)
-        fisher: DiagonalFisher = DiagonalFisher(),  # noqa: B008  (frozen)
+        fisher: AbstractFisher = DiagonalFisher(),  # noqa: B008  (frozen)
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
         if not isinstance(radius, AbstractRadius):
             refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
-        if not isinstance(fisher, DiagonalFisher):
+        if not isinstance(fisher, AbstractFisher):
             refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
         defaults: dict[str, Any] = {
             "lr": keys.host_lr(lr),

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_soaa._dist import reshard
+
 # Attributes that every torch module has and no forward writes, so that they need not be looked at.
 _PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
 _PLAIN = (str, int, float, Path)
@@ -201,6 +203,16 @@ def silenced(module: Any, trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
+def resharded(module: nn.Module) -> Iterator[None]:
+    """Have forwards inside, and those that follow, gather sharded parameters as they are then."""
+    reshard(module)
+    try:
+        yield
+    finally:
+        reshard(module)
+
+
+@contextmanager
 def trial(module: Any, trainer: Any) -> Iterator[None]:
     """Evaluate `module` without gradients and without a trace: streams, buffers, metrics, attributes, logs.
 
@@ -210,6 +222,7 @@ def trial(module: Any, trainer: Any) -> Iterator[None]:
     """
     with (
         torch.no_grad(),
+        resharded(module),
         preserved_random(module.device),
         preserved_attributes(module),
         preserved_tensors(module),

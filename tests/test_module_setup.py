@@ -12,8 +12,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_models import ACCEPT, QUIET, Mixed, Net, assert_same, loader, make_trainer, seed, train
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_soaa import SOAA, FixedRadius, RatioRadius
@@ -405,25 +407,21 @@ class CustomPrecision(Precision):
     pass
 
 
-def scaled():
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0))
-
-
 REFUSED = {
-    "strategy": (
-        Mixed, {"strategy": "ddp", "devices": 1},
-        "SOAAMixin: `Trainer(strategy=...)` must be on a single device, got DDPStrategy; not supported yet: use "
-        "devices=1, strategy='auto'",
+    "model averaging": (
+        Mixed, {"strategy": DDPStrategy(model_averaging_period=4)},
+        "SOAAMixin: `DDPStrategy(model_averaging_period=...)` must be left out, got 4; parameters that differ between "
+        "processes have no common radius: leave it out",
     ),
-    "scaler": (
-        Mixed, {"plugins": scaled()},
-        "SOAAMixin: `Trainer(precision=...)` must be 32-true, 64-true, 16-true, bf16-true or bf16-mixed, got 16-mixed "
-        "with a GradScaler; use precision='bf16-mixed'",
+    "local SGD": (
+        Mixed, {"strategy": DDPStrategy(ddp_comm_state=PostLocalSGDState(None, None, 1))},
+        "SOAAMixin: `DDPStrategy(ddp_comm_state=...)` must be left out, got PostLocalSGDState; parameters that differ "
+        "between processes have no common radius: leave it out",
     ),
     "precision plugin": (
         Mixed, {"plugins": CustomPrecision()},
-        "SOAAMixin: `Trainer(precision=...)` must be 32-true, 64-true, 16-true, bf16-true or bf16-mixed, got "
-        "CustomPrecision; not supported yet: use one of these",
+        "SOAAMixin: `Trainer(precision=...)` must be 32-true, 64-true, 16-true, bf16-true, bf16-mixed or "
+        "16-mixed, got CustomPrecision; not supported yet: use one of these",
     ),
     "compiled": (
         lambda: torch.compile(Mixed(), backend="eager"), {},
@@ -465,12 +463,22 @@ def test_what_is_not_carried_is_refused_at_fit_start_by_flag_and_remedy(name):
     assert trainer.global_step == 0
 
 
-@pytest.mark.parametrize("kind", ["DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy", "SingleDeviceXLAStrategy"])
+REMEDIES = {
+    "FSDPStrategy": "a trial would be evaluated at stale parameters: use ModelParallelStrategy, which is FSDP2",
+    "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
+    "SingleDeviceXLAStrategy": "not supported yet: use devices=1 or strategy='ddp'",
+}
+
+
+@pytest.mark.parametrize("kind", REMEDIES)
 def test_every_other_strategy_is_refused(kind):
     strategy = type(kind, (), {"__module__": "lightning.pytorch.strategies"})()
     module, trainer = SimpleNamespace(_soaa_choice=None), SimpleNamespace(strategy=strategy)
-    with pytest.raises(ValueError, match=rf"must be on a single device, got {kind}; not supported yet"):
+    with pytest.raises(ValueError) as error:
         refuse_unsupported(module, trainer)
+    assert str(error.value) == (
+        f"SOAAMixin: `Trainer(strategy=...)` must be on a single device, DDP or FSDP2, got {kind}; {REMEDIES[kind]}"
+    )
 
 
 def test_a_subclass_of_a_known_plugin_is_not_a_known_plugin():
@@ -494,7 +502,7 @@ def test_an_optimizer_put_into_the_trainer_by_hand_is_refused():
 
 
 def test_refusals_do_not_concern_validate():
-    trainer, _ = make_trainer(plugins=scaled())
+    trainer, _ = make_trainer(plugins=CustomPrecision())
     trainer.validate(Mixed(), loader(), verbose=False)
 
 

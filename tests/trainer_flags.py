@@ -466,8 +466,7 @@ TRAINER = [
     Row("`precision=\"16-true\"`", fitted(precision="16-true")),
     Row("`precision=\"64-true\"`", fitted(precision="64-true")),
     Row("`precision=\"16-mixed\"`, GradScaler", lambda make, folder: fitted(
-        plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0)))(make, folder),
-        default=REFUSED, automatic=REFUSED, note="use `bf16-mixed`"),
+        plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=128.0)))(make, folder)),
 ]  # fmt: skip
 
 TABLE = {

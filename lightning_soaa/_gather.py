@@ -1,0 +1,83 @@
+"""From parameters with gradients to buckets with state."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_soaa._bucket import Bucket
+from lightning_soaa._checks import refuse
+from lightning_soaa._dist import local, over_shards, shards_of
+from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
+from lightning_soaa.fisher import AbstractFisher
+
+Entry = tuple[int, Tensor]  # index of the parameter group, parameter
+
+
+def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """Return all parameters with a gradient.
+
+    Raises:
+        TypeError: a gradient is sparse; the text names its parameter.
+    """
+    entries = []
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                names = group.get("param_names")
+                name = names[place] if names else f"{place} of group {index}"
+                refuse(
+                    "SOAA", "params", "given dense gradients", f"a {param.grad.layout} of parameter {name}", TypeError
+                )
+            entries.append((index, param))
+    return entries
+
+
+def only_zeros(entries: Iterable[Entry]) -> bool:
+    """Return whether all gradients are zero. The host waits for the device once a parameter, up to the first other."""
+    return not any(
+        bool(over_shards(local(param.grad).count_nonzero(), shards_of(param.grad)))
+        for _, param in entries
+        if param.grad is not None
+    )
+
+
+def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
+    """Give every parameter that has none its fresh state (`state` is modified in place)."""
+    for _, param in entries:
+        if not state[param]:
+            state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
+
+
+def gather(
+    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
+) -> list[Bucket]:
+    """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
+
+    The age of each parameter counts the gradient from here on (`state` is modified in place).
+    """
+    buckets: dict[tuple[Any, ...], Bucket] = {}
+    for index, param in entries:
+        if param.grad is None:
+            continue
+        group, kept = groups[index], state[param]
+        kept[STEP] += 1
+        shards = shards_of(param)
+        key = (index, param.device, param.dtype, kept[STEP], shards)
+        if key not in buckets:
+            beta1, beta2 = group["betas"]
+            foreach = group["foreach"] is not False
+            buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
+            buckets[key].last_bound, buckets[key].shards = float(group[GROUP_RADIUS]), shards
+        bucket = buckets[key]
+        grad = as_real(local(param.grad).resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
+        bucket.params.append(as_real(local(param)))
+        bucket.coordinates += param.numel() * (2 if param.is_complex() else 1)
+        bucket.grads.append(-grad if group["maximize"] else grad)
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                bucket.state.setdefault(name, []).append(local(value))
+    return list(buckets.values())
