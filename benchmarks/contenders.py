@@ -194,6 +194,7 @@ class Contender:
         refine: whether rates between the best and its neighbours are tried too.
         reschedule: whether other schedules make sense for it.
         revision: raised when the code here changes what it does.
+        modules: modules of SOAA that only this one uses.
     """
 
     name: str
@@ -205,13 +206,15 @@ class Contender:
     refine: bool = False
     reschedule: bool = True
     revision: int = 1
+    modules: tuple[str, ...] = ()
 
 
 def _ours(name: str, radius: str, fisher: str = "DiagonalFisher", reach: int = 0, **changes: object) -> Contender:
     build, package = partial(_soaa, radius=radius, fisher=fisher, changes=changes), "lightning_soaa"
     if reach:
         return Contender(name, build, HALF_DECADES, "warmup_cosine", package, reach)
-    return Contender(name, build, (1e-3,), package=package)
+    modules = ("kronecker",) if fisher == "KroneckerFisher" else ()
+    return Contender(name, build, (1e-3,), package=package, modules=modules)
 
 
 _ALL = [
@@ -275,7 +278,7 @@ def contender_version(text: str) -> str:
     """Return what identifies the code behind a contender: a package version, or a hash of SOAA's sources."""
     contender, _ = parse(text)
     if contender.package == "lightning_soaa":
-        return f"{soaa_hash()}.{contender.revision}"
+        return f"{soaa_hash(*contender.modules)}.{contender.revision}"
     if contender.package == "torch" or contender.package.startswith("plugin"):
         return f"{contender.package}.{contender.revision}"
     return f"{package_versions((contender.package,))[contender.package]}.{contender.revision}"

@@ -33,10 +33,14 @@ def short(text: str, digits: int = 8) -> str:
 
 
 @cache
-def soaa_hash() -> str:
-    """Return the hash of the files that decide where SOAA steps: optimizer, rules and the modules they import."""
+def soaa_hash(*others: str) -> str:
+    """Return the hash of the files that decide where SOAA steps: optimizer, rules and the modules they import.
+
+    Args:
+        others: modules of the package that only some contenders use.
+    """
     found: set[str] = set()
-    waiting = ["optimizer", "radius", "ratio", "fisher"]
+    waiting = ["optimizer", "radius", "ratio", "fisher", *others]
     while waiting:
         name = waiting.pop()
         path = ROOT / "lightning_soaa" / f"{name}.py"

@@ -2,6 +2,7 @@
 
 from lightning_soaa.advice import TrustRegionWarning as TrustRegionWarning
 from lightning_soaa.fisher import DiagonalFisher as DiagonalFisher
+from lightning_soaa.kronecker import KroneckerFisher as KroneckerFisher
 from lightning_soaa.module import SOAAMixin as SOAAMixin
 from lightning_soaa.monitor import TrustRegionMonitor as TrustRegionMonitor
 from lightning_soaa.optimizer import SOAA as SOAA

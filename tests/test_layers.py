@@ -18,6 +18,7 @@ LAYERS = {
     "report": (set(), TORCH),
     "_bucket": ({"_dist"}, TORCH),
     "fisher": ({"_bucket"}, TORCH),
+    "kronecker": ({"_bucket", "_checks", "_dist", "fisher"}, TORCH),
     "gate": (set(), TORCH),
     "radius": ({"_checks"}, set()),
     "ratio": ({"_checks", "radius"}, set()),
@@ -62,7 +63,10 @@ LAYERS = {
     ),
     "report_callback": ({"_checks", "_compat", "_rows", "_runs", "run_report", "monitor"}, FRONT),
     "__init__": (
-        {"advice", "fisher", "radius", "ratio", "report", "optimizer", "module", "monitor", "report_callback"},
+        {
+            *("advice", "fisher", "kronecker", "radius", "ratio", "report", "optimizer", "module", "monitor"),
+            "report_callback",
+        },
         set(),
     ),
 }
