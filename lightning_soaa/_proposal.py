@@ -101,7 +101,7 @@ def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: floa
     for group in groups:
         lr = float(group["lr"])
         if folds_lr:
-            bound = radius * lr / lr_unit if lr_unit else 0.0
+            bound = radius * (lr / lr_unit) if lr_unit else 0.0  # exactly the radius where there is one lr
             sizes.append(StepSize(bound, 1.0, min(1.0, bound * group["weight_decay"]), bound))
         else:
             sizes.append(StepSize(radius, lr, lr * group["weight_decay"], radius * lr))

@@ -32,7 +32,7 @@ class SOAA(Optimizer):
         theta <- theta - lr wd theta - lr u
 
     The radius rule moves d. Under :class:`~lightning_soaa.RatioRadius` the learning rate is folded into the radius:
-    lr is 1 in the step, ``d = radius * lr / (largest initial lr)`` for each group, and decay is ``d wd theta``.
+    lr is 1 in the step, ``d = radius (lr / largest initial lr)`` for each group, and decay is ``d wd theta``.
 
     A step whose loss or gradient is not finite is skipped: parameters and moments stay as they are. Between checks
     the host does not wait for the device to learn of it, so the age of the parameters (``state[p]["step"]``) counts

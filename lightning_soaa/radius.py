@@ -72,7 +72,7 @@ class AbstractRadius(ABC):
         needs_loss: the base loss of every step is read and handed to :meth:`update`.
         needs_trial: the rule makes checks, so every step must come with a loss closure.
         folds_lr: the radius replaces the learning rate, of which only the schedule remains: a group's bound is
-            ``radius * lr / (largest initial lr of all groups)``. Otherwise the group's lr multiplies the step as in
+            ``radius * (lr / largest initial lr of all groups)``. Otherwise the group's lr multiplies the step as in
             the published rule.
         cautious: coordinates whose direction does not descend along the gradient of the batch stay where they are.
         fisher_limits: the Fisher limits the step (step 4). Otherwise only the radius does, and eps is relative to the

@@ -130,7 +130,7 @@ class ReferenceSOAA:
             self.d = self.bounds(rms)[0]
         f = max(group["lr"] for group in self.groups) / self.lr_unit
         for attempt in range(1, 1 + (self.options["max_trials"] if due else 1)):
-            alphas = [self.d * group["lr"] / self.lr_unit for group, _ in places]
+            alphas = [self.d * (group["lr"] / self.lr_unit) for group, _ in places]
             u = [self.box_direction(group, i, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
             s = [-np.where(a * g > 0, a, 0.0) for a, g in zip(u, grads, strict=True)]
             if due:

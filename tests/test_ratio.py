@@ -387,3 +387,19 @@ def test_checks_become_as_rare_as_they_may_where_they_tell_nothing():
     assert gaps[burn_in:] == [5] * 4 + [10] * 4 + [15] * 4 + [20] * (len(gaps) - burn_in - 12)
     assert problem.calls["loss"] == problem.optimizer.last_step.total_trials
     assert problem.optimizer.radius == pytest.approx(problem.optimizer.param_groups[0]["radius_high"] / 10, rel=1e-9)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 3e-4, 0.1, 10.0, 7e5])
+@pytest.mark.parametrize("schedule", [None, "cosine"])
+def test_the_learning_rate_changes_no_bit_of_a_run(lr, schedule):
+    ends = []
+    for value in (1e-3, lr):
+        problem = Problem(RatioRadius(), lr=value, weight_decay=0.1)
+        scheduler = SCHEDULERS[schedule](problem.optimizer, 120) if schedule else None
+        for _ in range(120):
+            problem.step()
+            if scheduler:
+                scheduler.step()
+        ends.append((flat(problem), problem.optimizer.radius))
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=0 if schedule is None else 1e-6)
+    torch.testing.assert_close(ends[0][0], ends[1][0], atol=0 if schedule is None else 1e-6, rtol=0)
