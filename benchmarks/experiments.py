@@ -103,7 +103,7 @@ PARTS = (
     *(f"{OURS}_{part}" for part in ("unmasked", "adams_betas", "fisher", "ungated", "no_fresh_slopes")),
     f"{OURS}:radius.max_trials=1",
 )
-_EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_published")
+_EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_kronecker", "soaa_published")
 _CORE = ("adamw", OURS)
 EXPERIMENTS: dict[str, Experiment] = {
     each.name: each

@@ -151,6 +151,6 @@ def test_help_shows_the_users_arguments_and_the_optimizers(capsys):
     shown = printed(capsys, "--optimizer.help=SOAA")
     for option in ("lr", "betas", "eps", "weight_decay", "radius", "foreach", "maximize"):
         assert f"--optimizer.{option}" in shown
-    assert "scales where the search for the radius starts" in " ".join(shown.split())
+    assert "only the groups' proportions count" in " ".join(shown.split())
     shown = printed(capsys, "--trainer.callbacks.help=TrustRegionMonitor")
     assert "--trainer.callbacks.advice" in shown
