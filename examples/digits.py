@@ -64,7 +64,7 @@ def loaders(batch_size: int, seed: int) -> tuple[DataLoader, DataLoader]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=1e-3, help="scales where the search for the radius starts")
+    parser.add_argument("--lr", type=float, default=1e-3, help="plays no part; to see that for yourself")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", default="logs", help="folder of the TensorBoard logs")
