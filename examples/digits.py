@@ -1,7 +1,7 @@
 """Train an MLP on scikit-learn's handwritten digits without choosing a learning rate.
 
 python examples/digits.py              # about half a minute; then: tensorboard --logdir logs
-python examples/digits.py --lr 10      # lr only scales where the search for the radius starts
+python examples/digits.py --lr 10      # the same run: lr plays no part
 """
 
 import argparse

@@ -50,7 +50,7 @@ def train_epoch(fabric, model, optimizer, train) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=1e-3, help="scales where the search for the radius starts")
+    parser.add_argument("--lr", type=float, default=1e-3, help="plays no part; to see that for yourself")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="32-true", help="32-true, bf16-mixed, bf16-true or 64-true")
