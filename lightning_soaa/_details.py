@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_soaa._bucket import wide_dtype
 from lightning_soaa._checks import refuse
 from lightning_soaa._rows import Monitored, is_kind
 from lightning_soaa.fisher import SQUARE
@@ -80,7 +81,10 @@ class Details:
         table = torch.full((len(self.layers), 2), nan)
         if report is not None and self.before and moments:
             home = next(iter(moments)).device
-            sums = {param: (square.sum(dtype=wide(square)) / by).to(home) for param, (square, by) in moments.items()}
+            sums = {
+                param: (square.sum(dtype=wide_dtype(square.device)) / by).to(home)
+                for param, (square, by) in moments.items()
+            }
             total, nothing = torch.stack(list(sums.values())).sum(), torch.tensor(nan, device=home)
             rows = []
             for params in self.layers.values():
@@ -151,13 +155,8 @@ def make_details(
 
 def norm(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
     """Return the Euclidean norm over several tensors, 0-d on `home`."""
-    parts = [tensor.abs().square().sum(dtype=wide(tensor)).to(home) for tensor in tensors]
+    parts = [tensor.abs().square().sum(dtype=wide_dtype(tensor.device)).to(home) for tensor in tensors]
     return torch.stack(parts).sum().sqrt()
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which sums are kept."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def flat(tensors: Sequence[Tensor], of: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning_models import ACCEPT, QUIET, Automatic, Mixed, Net, Remember, assert_same, fit, loader, seed
+from problems import drive
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, RatioRadius, TrustRegionMonitor
@@ -132,17 +133,7 @@ def plain_loop(rule):
     model = network()
     optimizer = SOAA(model.parameters(), lr=0.05, radius=rule)
     for inputs, labels in [*loader(), *loader()]:
-
-        def loss_closure():
-            return nn.functional.cross_entropy(model(inputs), labels)  # noqa: B023
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_closure()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure, loss_closure=loss_closure)
+        drive(optimizer, lambda: nn.functional.cross_entropy(model(inputs), labels))  # noqa: B023
     return dict(model.state_dict()), optimizer.last_step
 
 

@@ -66,16 +66,6 @@ def test_one_forward_a_batch_and_one_trial_of_it_a_check_and_one_repetition_in_t
     assert run.trainer.global_step == -(-8 // accumulate)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_trial_at_the_same_point_is_the_base_loss_bit_for_bit(precision, accumulate):
-    rule = Remember()
-    train(lambda: Automatic(rule, lr=0.0), precision=precision, accumulate_grad_batches=accumulate)
-    assert len(rule.seen) == 2 * -(-8 // accumulate)
-    for base, trial in rule.seen:
-        assert base == trial
-
-
 def test_always_rejecting_leaves_parameters_buffers_streams_metrics_and_losses_untouched():
     still = train(lambda: Net(FixedRadius(), lr=0.0), accumulate_grad_batches=2).facts()
     facts = train(lambda: Automatic(REJECT), accumulate_grad_batches=2).facts()
@@ -158,29 +148,6 @@ def test_exception_in_a_trial_restores_parameters_and_forgets_the_window():
     assert_same(module.before, {name: value.detach() for name, value in module.named_parameters()})
     assert module._soaa_window is None
     assert module.in_trial is False
-
-
-def test_in_place_edits_of_the_batch_are_warned_of_once():
-    class Editing(Automatic):
-        def training_step(self, batch, batch_idx):
-            batch[0].mul_(0.5)
-            return super().training_step(batch, batch_idx)
-
-    with pytest.warns(UserWarning, match="SOAAMixin: `training_step` edits its batch in place") as caught:
-        train(lambda: Editing(ACCEPT))
-    assert len([w for w in caught if "edits its batch" in str(w.message)]) == 1
-
-
-def test_memory_of_batches_is_dropped_with_the_step_and_never_taken_without_trials():
-    held = Tape()
-
-    class Holding(Automatic):
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            held.append(0 if self._soaa_window is None else len(self._soaa_window.replays))
-
-    train(lambda: Holding(ACCEPT), max_epochs=1, accumulate_grad_batches=3)
-    train(lambda: Holding(FixedRadius()), max_epochs=1, accumulate_grad_batches=3)
-    assert held == [1, 2, 0, 1, 2, 0, 1, 0] + [0] * 8
 
 
 # torch.compile

@@ -1,15 +1,12 @@
 """Two gloo processes under every rule: no decision is taken from what only one of them knows."""
 
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from problems import Problem
+from processes import run_ranks
 
 from lightning_soaa import DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
 
@@ -54,8 +51,7 @@ def train(rule, fisher, rank):
     return history, state
 
 
-def run_rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
@@ -66,15 +62,9 @@ def run_rank(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both ranks came to, from a process that is killed when it takes too long; what a rank raises fails here."""
+    """What both ranks came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, __file__, str(port), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    assert run.returncode == 0, run.stderr
+    run_ranks(__file__, folder, folder=folder, seconds=60)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -115,4 +105,4 @@ def test_reported_loss_is_the_mean_of_both_ranks(ranks, rule):
 
 
 if __name__ == "__main__":
-    mp.spawn(run_rank, args=(int(sys.argv[1]), sys.argv[2]), nprocs=2)  # raises what a rank raises
+    run_rank(int(sys.argv[1]), sys.argv[2])

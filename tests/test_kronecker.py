@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import assert_same
+from problems import assert_same, drive
 from torch import nn
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
+from lightning_soaa._state import numbers_of
 from lightning_soaa.kronecker import first_basis, refreshed, rotate, rotate_back, rotated_sides
 
 RULES = {"fixed": FixedRadius(0.5), "published": PublishedRadius(50), "ratio": RatioRadius()}
@@ -26,18 +27,9 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def drive(optimizer, loss_at, steps):
-    """Take `steps` steps and return the losses."""
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_at()
-        loss.backward()
-        return loss
-
-    needs_trial = optimizer.radius_rule.needs_trial
-    steps_taken = (optimizer.step(closure, loss_closure=loss_at if needs_trial else None) for _ in range(steps))
-    return [float(loss.detach()) for loss in steps_taken]
+def losses_of(optimizer, loss_at, steps):
+    """Take `steps` steps and return the losses before them."""
+    return [drive(optimizer, loss_at) for _ in range(steps)]
 
 
 class FullMatrices:
@@ -106,7 +98,9 @@ def test_where_no_side_is_rotated_it_is_the_diagonal_bit_for_bit(rule, foreach):
     for fisher in (DiagonalFisher(), KroneckerFisher(max_dim=1)):
         params = [nn.Parameter(noise(*shape, seed=len(shape))) for shape in ((3, 4), (5,), (), (2, 3, 2))]
         optimizer = SOAA(params, lr=0.03, radius=rule, fisher=fisher, foreach=foreach, weight_decay=0.1)
-        losses = drive(optimizer, lambda params=params: sum(((p - 1).square() * 3).sum().cosh() for p in params), 40)
+        losses = losses_of(
+            optimizer, lambda params=params: sum(((p - 1).square() * 3).sum().cosh() for p in params), 40
+        )
         points.append([*(p.detach() for p in params), torch.tensor(losses)])
     assert all(torch.equal(a, b) for a, b in zip(*points, strict=True))
 
@@ -131,7 +125,7 @@ def test_a_rotated_problem_gives_the_rotated_trajectory(rule):
     results = []
     for p, q in ((torch.eye(5, dtype=torch.float64),) * 2, (left, right)):
         x, loss_at = rotated_quadratic(p, q)
-        losses = drive(SOAA([x], radius=rule, fisher=KroneckerFisher(refresh_every=3)), loss_at, 30)
+        losses = losses_of(SOAA([x], radius=rule, fisher=KroneckerFisher(refresh_every=3)), loss_at, 30)
         results.append((p.T @ x.detach() @ q, torch.tensor(losses)))
     for plain, turned in zip(*results, strict=True):
         torch.testing.assert_close(plain, turned, atol=1e-8, rtol=1e-6)
@@ -142,7 +136,7 @@ def test_a_quadratic_with_a_kronecker_hessian_takes_fewer_steps_than_under_the_d
     ends = []
     for fisher in (KroneckerFisher(), DiagonalFisher()):
         x, loss_at = rotated_quadratic(left, right)
-        ends.append(min(drive(SOAA([x], fisher=fisher), loss_at, 150)))
+        ends.append(min(losses_of(SOAA([x], fisher=fisher), loss_at, 150)))
     assert ends[0] < 0.1 * ends[1]
 
 
@@ -178,7 +172,7 @@ def test_the_first_gradient_makes_the_bases_and_moves_no_rotated_parameter():
     x, bias = nn.Parameter(noise(3, 4)), nn.Parameter(noise(4))
     before, before_bias = x.detach().clone(), bias.detach().clone()
     optimizer = SOAA([x, bias], lr=0.1, radius=FixedRadius(), fisher=KroneckerFisher())
-    drive(optimizer, lambda: (x @ x.T).square().sum() + (bias**4).sum(), 1)
+    losses_of(optimizer, lambda: (x @ x.T).square().sum() + (bias**4).sum(), 1)
     assert torch.equal(x, before)
     assert not torch.equal(bias, before_bias)
     state = optimizer.state[x]
@@ -193,7 +187,7 @@ def test_a_first_gradient_that_is_not_finite_leaves_bases_that_later_ones_turn()
     x.grad = torch.full_like(x, math.nan)
     optimizer.step()
     assert torch.equal(optimizer.state[x]["left_basis"], torch.eye(3, dtype=torch.float64))
-    drive(optimizer, lambda: (x @ x.T).square().sum(), 30)
+    losses_of(optimizer, lambda: (x @ x.T).square().sum(), 30)
     assert all(value.isfinite().all() for value in optimizer.state[x].values() if isinstance(value, torch.Tensor))
     assert not torch.equal(optimizer.state[x]["left_basis"], torch.eye(3, dtype=torch.float64))
 
@@ -239,11 +233,11 @@ def test_parameters_take_turns_to_refresh():
     params = [nn.Parameter(noise(3, 3, seed=i)) for i in range(5)]
     optimizer = SOAA(params, radius=FixedRadius(1e-3), fisher=KroneckerFisher(refresh_every=5))
     loss_at = lambda: sum((p @ p.T).square().sum() for p in params)  # noqa: E731
-    drive(optimizer, loss_at, 1)
+    losses_of(optimizer, loss_at, 1)
     turns = []
     for _ in range(10):
         before = [optimizer.state[p]["left_basis"].clone() for p in params]
-        drive(optimizer, loss_at, 1)
+        losses_of(optimizer, loss_at, 1)
         turned = [not torch.equal(optimizer.state[p]["left_basis"], b) for p, b in zip(params, before, strict=True)]
         turns.append(turned.index(True))
         assert sum(turned) == 1
@@ -259,29 +253,25 @@ def test_a_run_resumes_bit_for_bit(rule, dtype, tmp_path):
         return params, optimizer, lambda: (params[0] @ params[0].T).square().sum() + (params[1] ** 4).sum()
 
     params, optimizer, loss_at = start()
-    drive(optimizer, loss_at, 9)
+    losses_of(optimizer, loss_at, 9)
     others, resumed, other_loss = start()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     with torch.no_grad():
         for mine, theirs in zip(others, params, strict=True):
             mine.copy_(theirs)
-    assert drive(resumed, other_loss, 9) == drive(optimizer, loss_at, 9)
+    assert losses_of(resumed, other_loss, 9) == losses_of(optimizer, loss_at, 9)
     for mine, theirs in zip(others, params, strict=True):
         assert torch.equal(mine, theirs)
-        assert_same(vars_of(resumed, mine), vars_of(optimizer, theirs))
+        assert_same(dict(resumed.state[mine]), dict(optimizer.state[theirs]))
         least = torch.promote_types(dtype, torch.float32)
-        assert {value.dtype for value in vars_of(resumed, mine).values() if isinstance(value, torch.Tensor)} == {least}
-
-
-def vars_of(optimizer, param):
-    return copy.copy(optimizer.state[param])
+        assert {value.dtype for value in resumed.state[mine].values() if isinstance(value, torch.Tensor)} == {least}
 
 
 def test_state_of_another_fisher_is_refused_and_changes_nothing():
     x = nn.Parameter(noise(3, 4))
     diagonal = SOAA([x], radius=FixedRadius())
-    drive(diagonal, lambda: x.square().sum(), 2)
+    losses_of(diagonal, lambda: x.square().sum(), 2)
     kronecker = SOAA([x], radius=FixedRadius(), fisher=KroneckerFisher())
     with pytest.raises(ValueError, match=r"SOAA: `state_dict\['state'\]\[0\]` must be one with `left`, "):
         kronecker.load_state_dict(diagonal.state_dict())
@@ -292,7 +282,7 @@ def test_a_rejected_check_leaves_every_bit_of_parameters_and_a_raise_every_bit_o
     x = nn.Parameter(noise(3, 4))
     optimizer = SOAA([x], radius=RatioRadius(max_trials=1), fisher=KroneckerFisher(refresh_every=2))
     loss_at = lambda: (x @ x.T).square().sum()  # noqa: E731
-    drive(optimizer, loss_at, 8)
+    losses_of(optimizer, loss_at, 8)
     before = x.detach().clone()
     base = loss_at()
     x.grad = None
@@ -300,16 +290,13 @@ def test_a_rejected_check_leaves_every_bit_of_parameters_and_a_raise_every_bit_o
     optimizer.step(lambda: base, loss_closure=lambda: 1e6)
     assert not optimizer.last_step.accepted
     assert torch.equal(x, before)
-    while not optimizer.radius_rule.check_due(head := rule_numbers(optimizer), head["unchecked_steps"]):
-        drive(optimizer, loss_at, 1)
-    state = copy.deepcopy(vars_of(optimizer, x))
+    head = optimizer.param_groups[0]
+    while not optimizer.radius_rule.check_due(numbers_of(head), head["unchecked_steps"]):
+        losses_of(optimizer, loss_at, 1)
+    state = copy.deepcopy(dict(optimizer.state[x]))
     with pytest.raises(ZeroDivisionError):
         optimizer.step(loss_closure=lambda: 1 / 0)
-    assert_same(state, vars_of(optimizer, x))
-
-
-def rule_numbers(optimizer):
-    return {name.removeprefix("rule_"): value for name, value in optimizer.param_groups[0].items()}
+    assert_same(state, dict(optimizer.state[x]))
 
 
 def test_autocast_of_the_caller_changes_no_bit():
@@ -329,7 +316,7 @@ def test_complex_parameters_and_empty_ones_train():
     x = nn.Parameter(torch.view_as_complex(noise(3, 4, 2)))
     empty = nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
     optimizer = SOAA([x, empty], fisher=KroneckerFisher())
-    losses = drive(optimizer, lambda: (x - 1).abs().square().sum() + empty.sum(), 80)
+    losses = losses_of(optimizer, lambda: (x - 1).abs().square().sum() + empty.sum(), 80)
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -379,7 +366,7 @@ def test_sharded_parameters_are_refused_by_name(monkeypatch):
 def test_reports_hold_statistics_in_the_bases(rule):
     x = nn.Parameter(noise(4, 3))
     optimizer = SOAA([x], lr=0.01, radius=rule, fisher=KroneckerFisher())
-    drive(optimizer, lambda: (x @ x.T).square().sum(), 20)
+    losses_of(optimizer, lambda: (x @ x.T).square().sum(), 20)
     report = optimizer.last_step
     second = optimizer.state[x]["v"] / (1 - optimizer.param_groups[0]["betas"][1] ** 20)
     assert report.fisher_min / report.fisher_max == pytest.approx(float(second.min() / second.max()), rel=1e-9)

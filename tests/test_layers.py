@@ -56,7 +56,7 @@ LAYERS = {
     "run_report": ({"_runs", "_plots"}, set()),
     "_clock": (set(), TORCH),
     "_rows": ({"_checks", "console", "report"}, set()),
-    "_details": ({"_checks", "_rows", "fisher", "report"}, TORCH),
+    "_details": ({"_bucket", "_checks", "_rows", "fisher", "report"}, TORCH),
     "monitor": (
         {"_checks", "report", "metrics", "console", "_watch", "advice", "_compat", "_clock", "_rows", "_details"},
         FRONT,

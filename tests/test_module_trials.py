@@ -5,13 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning_models import ACCEPT, QUIET, REJECT, Mixed, Net, Remember, Tape, assert_same, loader, train
+from lightning_models import ACCEPT, QUIET, REJECT, Automatic, Mixed, Net, Remember, Tape, assert_same, loader, train
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
 
 pytestmark = QUIET
+both_modes = pytest.mark.parametrize("base", [Mixed, Automatic])
 
 
 class Counting(Mixed):
@@ -57,12 +58,13 @@ def test_closure_called_once_per_step_and_loss_closure_once_per_check_and_repeat
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_trial_at_the_same_point_is_the_base_loss_bit_for_bit(precision, accumulate):
+@both_modes
+def test_trial_at_the_same_point_is_the_base_loss_bit_for_bit(base, precision, accumulate):
     rule = Remember()
-    train(lambda: Mixed(rule, lr=0.0), precision=precision, accumulate_grad_batches=accumulate)
+    train(lambda: base(rule, lr=0.0), precision=precision, accumulate_grad_batches=accumulate)
     assert len(rule.seen) == 2 * -(-8 // accumulate)
-    for base, trial in rule.seen:
-        assert base == trial
+    for loss, trial in rule.seen:
+        assert loss == trial
 
 
 def test_base_loss_is_the_windows_sum_of_losses_divided_by_their_number():
@@ -186,8 +188,9 @@ def test_a_step_that_returns_none_where_the_loss_is_not_finite_is_rejected():
     assert (report.checks, report.accepted_checks, report.skipped_steps) == (8, 4, 0)
 
 
-def test_in_place_edits_of_the_batch_are_warned_of_once():
-    class Editing(Mixed):
+@both_modes
+def test_in_place_edits_of_the_batch_are_warned_of_once(base):
+    class Editing(base):
         def training_step(self, batch, batch_idx):
             batch[0].mul_(0.5)
             return super().training_step(batch, batch_idx)
@@ -258,10 +261,11 @@ def test_manual_optimization_is_what_training_step_sees_and_nobody_else():
     assert seen == [True, False, False, False, True]
 
 
-def test_memory_of_batches_is_dropped_with_the_step_and_never_taken_without_trials():
+@both_modes
+def test_memory_of_batches_is_dropped_with_the_step_and_never_taken_without_trials(base):
     held = Tape()
 
-    class Holding(Mixed):
+    class Holding(base):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             held.append(0 if self._soaa_window is None else len(self._soaa_window.replays))
 
