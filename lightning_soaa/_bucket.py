@@ -1,12 +1,15 @@
 """Tensors that are stepped together, and sums over them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_soaa._dist import Shards
+
+# Entries worked on at a time: on a CPU three float32 temporaries of them fit its cache; elsewhere they take 400 MB.
+CACHED, BOUNDED = 2**16, 2**25
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -31,6 +34,7 @@ class Bucket:
         last_bound: d of the last step.
         shards: the process groups over which the coordinates are spread; the tensors here are this rank's part.
         coordinates: their number, over all shards.
+        rotated: the gradients in the coordinates of the Fisher, where these are its own; zero where left out.
     """
 
     group: int
@@ -45,6 +49,7 @@ class Bucket:
     last_bound: float = 0.0
     shards: Shards = ()
     coordinates: int = 0
+    rotated: list[Tensor] = field(default_factory=list)
 
     @property
     def correction1(self) -> float:
@@ -66,14 +71,59 @@ class Bucket:
         """Return the device of all tensors in the bucket."""
         return self.params[0].device
 
+    def blocks(self) -> list["Bucket"]:
+        """Return the bucket in parts of at most :func:`block_size` entries, as far as tensors can be divided.
+
+        What is formed between two passes over a block stays small, on a CPU in its cache.
+        """
+        most = block_size(self.device)
+        if self.numel <= most:
+            return [self]
+        names, room = list(self.state), 0
+        blocks: list[Bucket] = []
+        for tensors in zip(self.params, self.grads, *self.state.values(), strict=True):
+            whole = not all(tensor.is_contiguous() for tensor in tensors)
+            for param, grad, *kept in zip(*((t,) if whole else pieces(t) for t in tensors), strict=True):
+                if not blocks or param.numel() > room:
+                    blocks.append(replace(self, params=[], grads=[], state={name: [] for name in names}))
+                    room = most
+                room -= param.numel()
+                blocks[-1].params.append(param)
+                blocks[-1].grads.append(grad)
+                for name, tensor in zip(names, kept, strict=True):
+                    blocks[-1].state[name].append(tensor)
+        return blocks
+
+
+def on_host(device: torch.device) -> bool:
+    """Return whether the host reads tensors of `device` without waiting for it."""
+    return device.type == "cpu"
+
+
+def block_size(device: torch.device) -> int:
+    """Return how many entries are worked on at a time."""
+    return CACHED if on_host(device) else BOUNDED
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a tensor in flat parts of one block at most, itself if it is short or not contiguous."""
+    most = block_size(tensor.device)
+    if tensor.numel() <= most or not tensor.is_contiguous():
+        return (tensor,)
+    return torch.split(tensor.view(-1), most)
+
 
 def norms(tensors: Sequence[Tensor], order: int, *, foreach: bool) -> Tensor:
-    """Return the `order`-norm of each tensor, as one vector in the wide dtype; formed in float32 at least."""
+    """Return the `order`-norm of each piece of the tensors, as one vector in the wide dtype.
+
+    Formed in float32 at least.
+    """
     dtype = torch.float32 if tensors[0].dtype.itemsize < 4 else None
+    listed = [piece for tensor in tensors for piece in pieces(tensor)]
     if foreach:
-        parts = torch._foreach_norm(list(tensors), order, dtype)
+        parts = torch._foreach_norm(listed, order, dtype)
     else:
-        parts = tuple(torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors)
+        parts = tuple(torch.linalg.vector_norm(piece, order, dtype=dtype) for piece in listed)
     return torch.stack(parts).to(wide_dtype(tensors[0].device))
 
 
@@ -88,7 +138,12 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).to(wide_dtype(left[0].device)).sum()
 
 
-def gated(ok: Tensor, value: float, otherwise: float) -> Tensor:
-    """Return `value` where `ok` and `otherwise` elsewhere, 0-d in the wide dtype, without reading `ok` on the host."""
+def gated(ok: Tensor | None, value: float, otherwise: float) -> Tensor | float:
+    """Return `value` where `ok` and `otherwise` elsewhere, 0-d in the wide dtype, without reading `ok` on the host.
+
+    None is what the host knows to be true: `value`.
+    """
+    if ok is None:
+        return value
     wide = torch.full((), value, dtype=wide_dtype(ok.device), device=ok.device)
     return torch.where(ok, wide, otherwise)

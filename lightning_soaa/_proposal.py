@@ -1,22 +1,23 @@
-"""A step between its gradients and its report: gather, absorb, aim, move, describe. Tensors only, no decision."""
+"""A step between its gradients and its report: absorb, walk, describe. Tensors only, no decision."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf, nan
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated, square_sum, wide_dtype
+from lightning_soaa._bucket import Bucket, dots, gated, norms, on_host, square_sum, wide_dtype
 from lightning_soaa._dist import over_shards
 from lightning_soaa.fisher import AbstractFisher
-from lightning_soaa.gate import pass_gate
+from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
-# Its square must not overflow in float32. Gradients below one over it are no longer scaled up to 1.
-LARGEST_GAIN = 1e15
+# eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.
+SMALLEST_UNIT = 1e-15
 
-Entry = tuple[int, Tensor]  # index of the parameter group, parameter
+# Takes a Fisher, a bucket and its directions, returns what they promise, 0-d.
+Reduction = Callable[[AbstractFisher, Bucket, Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,33 +39,32 @@ class StepSize:
 
 @dataclass
 class Proposal:
-    """A proposed step. Its tensors stay on their devices; nothing here has been read by the host.
+    """A proposed step. Its tensors stay on their devices; on an accelerator nothing here has been read by the host.
 
     Args:
         buckets: the parameters that have a gradient.
         base: loss where the step starts, mean over ranks, 0-d, or None.
-        ok: 0-d bool: loss and gradients are finite and no outlier. Where it is false the step moves nothing.
-        outlier: 0-d bool: the gate leaves the gradient out.
+        ok: loss and gradients are finite and no outlier, 0-d bool, or a bool where the host need not wait for it.
+            Where it is false the step moves nothing.
+        outlier: the gate leaves the gradient out, as `ok`.
         gate: what the outlier gate knows once it has seen the gradient, or None without a gate.
         scale: c of step 3, 0-d; None where the Fisher does not limit the step.
-        gain: one over the root mean square of the gradients, by the second moments, 0-d; None where it does.
+        unit: root mean square of the gradients, by the second moments, 0-d; None where the Fisher limits the step.
         fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
             not `ok`; None if it was not asked for.
         sizes: one for each parameter group.
-        directions: u of step 5, one list a bucket; dropped when the step is over.
         square: squared norm of the step, weight decay apart, 0-d.
     """
 
     buckets: list[Bucket]
     base: Tensor | None
-    ok: Tensor
-    outlier: Tensor
-    gate: Tensor | None
+    ok: Tensor | bool
+    outlier: Tensor | bool
+    gate: Gate | None
     scale: Tensor | None
-    gain: Tensor | None
+    unit: Tensor | None
     fresh: Tensor | None = None
     sizes: Sequence[StepSize] = ()
-    directions: list[list[Tensor]] = field(default_factory=list)
     square: Tensor | None = None
 
     @property
@@ -73,15 +73,21 @@ class Proposal:
         return self.buckets[0].device
 
     def release(self) -> None:
-        """Drop gradients and directions, so that a kept proposal holds no memory of its own."""
-        self.directions = []
+        """Drop the gradients, so that a kept proposal holds no memory of its own."""
         for bucket in self.buckets:
-            bucket.grads = []
+            bucket.grads, bucket.rotated = [], []
+
+
+def allowed(ok: Tensor | bool, device: torch.device) -> Tensor | None:
+    """Return `ok` as a tensor on `device`, or None where the host knows that it is true."""
+    return None if ok is True else torch.as_tensor(ok, device=device)
 
 
 def total(parts: Iterable[Tensor], buckets: Sequence[Bucket]) -> Tensor:
     """Return the sum of small tensors, one a bucket, over all shards, on the device of the first."""
     listed = list(parts)
+    if len(listed) == 1 and not buckets[0].shards:
+        return listed[0]
     listed = [part.to(listed[0].device) for part in listed]
     kinds = dict.fromkeys(bucket.shards for bucket in buckets)
     sums = []
@@ -113,7 +119,7 @@ def absorb(
     base: Tensor | None,
     fisher: AbstractFisher,
     *,
-    gate: Tensor | None,
+    gate: Gate | None,
     slope: float,
     fisher_limits: bool,
 ) -> Proposal:
@@ -128,16 +134,39 @@ def absorb(
         fisher_limits: whether the Fisher limits the step, or only the radius does.
     """
     square = total([square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets], buckets)
-    ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
-    outlier = torch.zeros_like(ok)
-    if gate is not None:
-        outlier, gate = pass_gate(gate, square, base, ok)
-        ok = ok & ~outlier
-    fresh = torch.where(ok, fresh_slope(buckets, fisher).to(ok.device) / slope, nan) if slope else None
+    ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
+    fresh = None
+    if slope:
+        fresh = fresh_slope(buckets, fisher).to(square.device) / slope
+        fresh = fresh if ok is True else torch.where(torch.as_tensor(ok, device=square.device), fresh, nan)
     for bucket in buckets:
-        fisher.update(bucket, ok.to(bucket.device))
-    scale, gain = (fisher_scale(buckets, fisher), None) if fisher_limits else (None, gradient_gain(buckets, fisher))
-    return Proposal(buckets, base, ok, outlier, gate, scale, gain, fresh)
+        fisher.update(bucket, allowed(ok, bucket.device))
+    scale, unit = (fisher_scale(buckets, fisher), None) if fisher_limits else (None, gradient_rms(buckets, fisher))
+    return Proposal(buckets, base, ok, outlier, gate, scale, unit, fresh)
+
+
+def admit(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[Tensor, Tensor, Gate | None]:
+    """Return whether a gradient is absorbed, whether it is left out as an outlier, and what the gate knows after it.
+
+    Args:
+        square: squared norm of the gradient, 0-d.
+        base: the loss, 0-d, or None.
+        gate: what the gate knows, on the device of `square`, or None.
+    """
+    ok = square.isfinite() if base is None else square.isfinite() & base.isfinite()
+    if not isinstance(gate, Tensor):
+        return ok, torch.zeros_like(ok), gate
+    outlier, gate = pass_gate(gate, square, base, ok)
+    return ok & ~outlier, outlier, gate
+
+
+def admit_on_host(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[bool, bool, Gate | None]:
+    """Do as :func:`admit` with numbers, where the host need not wait for them: a tenth of the time."""
+    norm, loss, outlier = float(square), None if base is None else float(base), False
+    ok = isfinite(norm) and (loss is None or isfinite(loss))
+    if isinstance(gate, tuple):
+        outlier, gate = pass_gate_on_host(gate, norm, loss, ok)
+    return ok and not outlier, outlier, gate
 
 
 def fresh_slope(buckets: Iterable[Bucket], fisher: AbstractFisher) -> Tensor:
@@ -148,12 +177,20 @@ def fresh_slope(buckets: Iterable[Bucket], fisher: AbstractFisher) -> Tensor:
     old = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
     if not old:
         return torch.tensor(nan)
-    gain, parts = gradient_gain(old, fisher), []
+    unit, parts = gradient_rms(old, fisher), []
     for bucket in old:
-        device = bucket.device
-        ok = torch.ones((), dtype=torch.bool, device=device)
-        parts.append(dots(bucket.grads, fisher.direction(bucket, None, ok, bucket.last_bound, gain.to(device))))
+        near = unit.to(bucket.device)
+        blocks = [
+            linear_reduction(fisher, block, fisher.direction(block, None, None, bucket.last_bound, near))
+            for block in blocks_of(bucket, fisher)
+        ]
+        parts.append(torch.stack(blocks).sum())
     return total(parts, old)
+
+
+def blocks_of(bucket: Bucket, fisher: AbstractFisher) -> list[Bucket]:
+    """Return the parts of a bucket that the Fisher can be asked of one by one."""
+    return bucket.blocks() if fisher.elementwise else [bucket]
 
 
 def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
@@ -163,61 +200,88 @@ def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
     return scale
 
 
-def gradient_gain(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
-    """Return one over the root mean square of the gradients, by the second moments, 0-d."""
+def gradient_rms(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
+    """Return the root mean square of the gradients, by the second moments, 0-d; not below :data:`SMALLEST_UNIT`."""
     numel = max(1, sum(bucket.coordinates for bucket in buckets))
     square = total([fisher.square(bucket) for bucket in buckets], buckets) / numel
-    gain: Tensor = square.rsqrt().clamp_max(LARGEST_GAIN)
-    return gain
+    return square.sqrt().clamp_min(SMALLEST_UNIT)
 
 
-def aim(proposal: Proposal, sizes: Sequence[StepSize], fisher: AbstractFisher, *, cautious: bool) -> None:
-    """Set the directions for the given sizes, one for each group (steps 4 and 5), and the norm of the step."""
-    proposal.sizes, proposal.directions, squares = sizes, [], []
+def linear_reduction(_: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
+    """Return ``g . u`` over a bucket, for the gradients that were absorbed, 0-d."""
+    return dots(bucket.grads, directions)
+
+
+def published_reduction(fisher: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
+    """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over a bucket, 0-d.
+
+    Times lr it is step 10. The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule
+    as published.
+    """
+    return fisher.model_reduction(bucket, directions)
+
+
+def walk(
+    proposal: Proposal,
+    sizes: Sequence[StepSize],
+    fisher: AbstractFisher,
+    *,
+    cautious: bool,
+    decay: bool = True,
+    moves: bool = True,
+    reduction: Reduction | None = None,
+) -> Tensor | None:
+    """Find the directions for the given sizes (steps 4 and 5) and move the parameters along them (step 6).
+
+    Block by block, so that no direction outlives its block. Sets the norm of the step; nothing moves where the proposal
+    is not ok.
+
+    Args:
+        proposal: its parameters are modified in place.
+        sizes: one for each parameter group.
+        fisher: knows the directions.
+        cautious: leave out coordinates on which the direction does not descend.
+        decay: with weight decay.
+        moves: False to only look.
+        reduction: what a bucket's directions promise, without its lr.
+
+    Returns:
+        The predicted reduction, 0-d, if `reduction` is given.
+    """
+    proposal.sizes, squares, promised = sizes, [], []
     for bucket in proposal.buckets:
         size, device = sizes[bucket.group], bucket.device
-        scale, gain = (None if x is None else x.to(device) for x in (proposal.scale, proposal.gain))
-        directions = fisher.direction(bucket, scale, proposal.ok.to(device), size.radius, gain, cautious=cautious)
-        squares.append(square_sum(directions, foreach=bucket.foreach) * size.lr**2)
-        proposal.directions.append(directions)
+        ok = allowed(proposal.ok, device)
+        scale, unit = (None if x is None else x.to(device) for x in (proposal.scale, proposal.unit))
+        keep = None
+        if decay and size.decay:  # a tensor, since multi-tensor operations round a number to the parameters' dtype
+            keep = torch.as_tensor(gated(ok, 1 - size.decay, 1.0), dtype=wide_dtype(device), device=device)
+        lengths, parts = [], []
+        for block in blocks_of(bucket, fisher):
+            directions = fisher.direction(block, scale, ok, size.radius, unit, cautious=cautious)
+            lengths.append(norms(directions, 2, foreach=bucket.foreach))
+            if reduction is not None:
+                parts.append(reduction(fisher, block, directions))
+            if moves:
+                move(block, directions, size.lr, keep)
+            del directions  # before the next are formed
+        squares.append(torch.cat(lengths).square().sum() * size.lr**2)
+        promised += [torch.stack(parts).sum() * size.lr] if parts else []
     proposal.square = total(squares, proposal.buckets)
+    return None if reduction is None else total(promised, proposal.buckets)
 
 
-def move(proposal: Proposal, *, decay: bool) -> None:
-    """Move the parameters (step 6), with or without weight decay; nothing moves where the proposal is not ok."""
-    for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True):
-        size = proposal.sizes[bucket.group]
-        keep = gated(proposal.ok.to(bucket.device), 1 - size.decay, 1.0) if decay and size.decay else None
-        if bucket.foreach:
-            if keep is not None:
-                torch._foreach_mul_(bucket.params, keep)
-            torch._foreach_add_(bucket.params, directions, alpha=-size.lr)
-            continue
-        for param, direction in zip(bucket.params, directions, strict=True):
-            if keep is not None:
-                param.mul_(keep)
-            param.add_(direction, alpha=-size.lr)
-
-
-def linear_reduction(proposal: Proposal) -> Tensor:
-    """Return ``-(g . s)`` for the gradient that was absorbed and the step without weight decay, 0-d."""
-    parts = [
-        dots(bucket.grads, directions) * proposal.sizes[bucket.group].lr
-        for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    ]
-    return total(parts, proposal.buckets)
-
-
-def published_reduction(proposal: Proposal, fisher: AbstractFisher) -> Tensor:
-    """Return ``lr (sum(mh u) - 1/2 sum(vh u^2))`` (step 10), 0-d.
-
-    The step is ``lr u``, so a consistent model has lr^2 before the second sum; this is the rule as published.
-    """
-    parts = [
-        fisher.model_reduction(bucket, directions) * proposal.sizes[bucket.group].lr
-        for bucket, directions in zip(proposal.buckets, proposal.directions, strict=True)
-    ]
-    return total(parts, proposal.buckets)
+def move(bucket: Bucket, directions: list[Tensor], lr: float, keep: Tensor | None) -> None:
+    """Multiply the parameters of a bucket by `keep`, 0-d, if given, and subtract `lr` times the directions (step 6)."""
+    if bucket.foreach:
+        if keep is not None:
+            torch._foreach_mul_(bucket.params, keep)
+        torch._foreach_add_(bucket.params, directions, alpha=-lr)
+        return
+    for param, direction in zip(bucket.params, directions, strict=True):
+        if keep is not None:
+            param.mul_(keep)
+        param.add_(direction, alpha=-lr)
 
 
 def parameter_mean_square(proposal: Proposal) -> Tensor:
@@ -226,11 +290,16 @@ def parameter_mean_square(proposal: Proposal) -> Tensor:
     return total(squares, proposal.buckets) / sum(bucket.coordinates for bucket in proposal.buckets)
 
 
-def read(values: Sequence[Tensor | None], device: torch.device) -> list[float]:
-    """Bring 0-d tensors to the host, packed into one, None as 0. The only place where a step waits for its device."""
+def read(values: Sequence[Tensor | float | None], device: torch.device) -> list[float]:
+    """Bring numbers and 0-d tensors to the host, None as 0, from an accelerator packed into one.
+
+    The only place where a step waits for its device.
+    """
+    if on_host(device):
+        return [0.0 if value is None else float(value) for value in values]
     wide = wide_dtype(device)
     zero = torch.zeros((), dtype=wide, device=device)
-    packed = torch.stack([zero if value is None else value.to(device, wide) for value in values])
+    packed = torch.stack([zero if value is None else torch.as_tensor(value).to(device, wide) for value in values])
     return [float(value) for value in packed.tolist()]
 
 

@@ -16,6 +16,7 @@ from lightning_soaa._proposal import Proposal, describe, read
 from lightning_soaa._step import LossClosure, Stepper
 from lightning_soaa._unread import Unread, settle
 from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
+from lightning_soaa.gate import Gate
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
@@ -244,7 +245,7 @@ class SOAA(Optimizer):
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
 
-    def _settle(self, heard: Sequence[float] | None = None, *, gate: Tensor | None = None) -> None:
+    def _settle(self, heard: Sequence[float] | None = None, *, gate: Gate | None = None) -> None:
         """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
         settle(self.param_groups[0], self._unread.read() if heard is None else heard)
         self._unread = Unread(gate=self._unread.gate if gate is None else gate)
