@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated, norms, on_host, square_sum, wide_dtype
+from lightning_soaa._bucket import Bucket, divide, dots, gated, on_host, square_sum, wide_dtype
 from lightning_soaa._dist import over_shards
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.fisher import AbstractFisher, Unit
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
 # eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.
@@ -43,13 +43,15 @@ class Proposal:
 
     Args:
         buckets: the parameters that have a gradient.
+        blocks: the same, in the parts that are worked on one by one; dropped when the step is over.
         base: loss where the step starts, mean over ranks, 0-d, or None.
         ok: loss and gradients are finite and no outlier, 0-d bool, or a bool where the host need not wait for it.
             Where it is false the step moves nothing.
         outlier: the gate leaves the gradient out, as `ok`.
         gate: what the outlier gate knows once it has seen the gradient, or None without a gate.
         scale: c of step 3, 0-d; None where the Fisher does not limit the step.
-        unit: root mean square of the gradients, by the second moments, 0-d; None where the Fisher limits the step.
+        unit: root mean square of the gradients, by the second moments, a number or 0-d; None where the Fisher limits
+            the step.
         fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
             not `ok`; None if it was not asked for.
         sizes: one for each parameter group.
@@ -57,12 +59,13 @@ class Proposal:
     """
 
     buckets: list[Bucket]
+    blocks: list[Bucket]
     base: Tensor | None
     ok: Tensor | bool
     outlier: Tensor | bool
     gate: Gate | None
     scale: Tensor | None
-    unit: Tensor | None
+    unit: Unit
     fresh: Tensor | None = None
     sizes: Sequence[StepSize] = ()
     square: Tensor | None = None
@@ -74,6 +77,7 @@ class Proposal:
 
     def release(self) -> None:
         """Drop the gradients, so that a kept proposal holds no memory of its own."""
+        self.blocks = []
         for bucket in self.buckets:
             bucket.grads, bucket.rotated = [], []
 
@@ -133,16 +137,19 @@ def absorb(
         slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
         fisher_limits: whether the Fisher limits the step, or only the radius does.
     """
-    square = total([square_sum(bucket.grads, foreach=bucket.foreach) for bucket in buckets], buckets)
+    blocks = [block for bucket in buckets for block in (divide(bucket) if fisher.elementwise else [bucket])]
+    square = total([square_sum(block.grads, foreach=block.foreach) for block in blocks], blocks)
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
     fresh = None
     if slope:
-        fresh = fresh_slope(buckets, fisher).to(square.device) / slope
+        fresh = fresh_slope(blocks, fisher).to(square.device) / slope
         fresh = fresh if ok is True else torch.where(torch.as_tensor(ok, device=square.device), fresh, nan)
-    for bucket in buckets:
-        fisher.update(bucket, allowed(ok, bucket.device))
-    scale, unit = (fisher_scale(buckets, fisher), None) if fisher_limits else (None, gradient_rms(buckets, fisher))
-    return Proposal(buckets, base, ok, outlier, gate, scale, unit, fresh)
+    for block in blocks:
+        fisher.update(block, allowed(ok, block.device))
+        block.store()
+    scale = fisher_scale(blocks, fisher) if fisher_limits else None
+    unit = None if fisher_limits else gradient_rms(blocks, fisher)
+    return Proposal(buckets, blocks, base, ok, outlier, gate, scale, unit, fresh)
 
 
 def admit(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[Tensor, Tensor, Gate | None]:
@@ -169,28 +176,19 @@ def admit_on_host(square: Tensor, base: Tensor | None, gate: Gate | None) -> tup
     return ok and not outlier, outlier, gate
 
 
-def fresh_slope(buckets: Iterable[Bucket], fisher: AbstractFisher) -> Tensor:
+def fresh_slope(blocks: Iterable[Bucket], fisher: AbstractFisher) -> Tensor:
     """Return ``-(g . s)`` of gradients not yet absorbed and the last step s, 0-d.
 
     The step is made anew from the moments, which have not moved since; as far as it was masked, that is not repeated.
     """
-    old = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
+    old = [replace(block, step=block.step - 1) for block in blocks if block.step > 1]
     if not old:
         return torch.tensor(nan)
     unit, parts = gradient_rms(old, fisher), []
-    for bucket in old:
-        near = unit.to(bucket.device)
-        blocks = [
-            linear_reduction(fisher, block, fisher.direction(block, None, None, bucket.last_bound, near))
-            for block in blocks_of(bucket, fisher)
-        ]
-        parts.append(torch.stack(blocks).sum())
+    for block in old:
+        directions = fisher.direction(block, None, None, block.last_bound, near(unit, block.device))
+        parts.append(dots(block.grads, directions))
     return total(parts, old)
-
-
-def blocks_of(bucket: Bucket, fisher: AbstractFisher) -> list[Bucket]:
-    """Return the parts of a bucket that the Fisher can be asked of one by one."""
-    return bucket.blocks() if fisher.elementwise else [bucket]
 
 
 def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
@@ -200,11 +198,21 @@ def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
     return scale
 
 
-def gradient_rms(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
-    """Return the root mean square of the gradients, by the second moments, 0-d; not below :data:`SMALLEST_UNIT`."""
+def gradient_rms(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor | float:
+    """Return the root mean square of the gradients, by the second moments; not below :data:`SMALLEST_UNIT`.
+
+    0-d, or a number where the host need not wait for it.
+    """
     numel = max(1, sum(bucket.coordinates for bucket in buckets))
-    square = total([fisher.square(bucket) for bucket in buckets], buckets) / numel
-    return square.sqrt().clamp_min(SMALLEST_UNIT)
+    square = total([fisher.square(bucket) for bucket in buckets], buckets)
+    if on_host(square.device):
+        return max(SMALLEST_UNIT, sqrt(float(square) / numel))
+    return (square / numel).sqrt().clamp_min(SMALLEST_UNIT)
+
+
+def near(value: Unit, device: torch.device) -> Unit:
+    """Return a number as it is, a tensor on `device`."""
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def linear_reduction(_: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
@@ -249,39 +257,45 @@ def walk(
         The predicted reduction, 0-d, if `reduction` is given.
     """
     proposal.sizes, squares, promised = sizes, [], []
-    for bucket in proposal.buckets:
-        size, device = sizes[bucket.group], bucket.device
+    for block in proposal.blocks:
+        size, device = sizes[block.group], block.device
         ok = allowed(proposal.ok, device)
-        scale, unit = (None if x is None else x.to(device) for x in (proposal.scale, proposal.unit))
-        keep = None
-        if decay and size.decay:  # a tensor, since multi-tensor operations round a number to the parameters' dtype
-            keep = torch.as_tensor(gated(ok, 1 - size.decay, 1.0), dtype=wide_dtype(device), device=device)
-        lengths, parts = [], []
-        for block in blocks_of(bucket, fisher):
-            directions = fisher.direction(block, scale, ok, size.radius, unit, cautious=cautious)
-            lengths.append(norms(directions, 2, foreach=bucket.foreach))
-            if reduction is not None:
-                parts.append(reduction(fisher, block, directions))
-            if moves:
-                move(block, directions, size.lr, keep)
-            del directions  # before the next are formed
-        squares.append(torch.cat(lengths).square().sum() * size.lr**2)
-        promised += [torch.stack(parts).sum() * size.lr] if parts else []
-    proposal.square = total(squares, proposal.buckets)
-    return None if reduction is None else total(promised, proposal.buckets)
+        scale = None if proposal.scale is None else proposal.scale.to(device)
+        unit = near(proposal.unit, device)
+        directions = fisher.direction(block, scale, ok, size.radius, unit, cautious=cautious)
+        squares.append(square_sum(directions, foreach=block.foreach) * size.lr**2)
+        if reduction is not None:
+            promised.append(reduction(fisher, block, directions) * size.lr)
+        if moves:
+            move(block, block.spread(directions), size, ok, decay=decay)
+        del directions  # before the next are formed
+    proposal.square = total(squares, proposal.blocks)
+    return None if reduction is None else total(promised, proposal.blocks)
 
 
-def move(bucket: Bucket, directions: list[Tensor], lr: float, keep: Tensor | None) -> None:
-    """Multiply the parameters of a bucket by `keep`, 0-d, if given, and subtract `lr` times the directions (step 6)."""
-    if bucket.foreach:
-        if keep is not None:
+def move(bucket: Bucket, directions: list[Tensor], size: StepSize, ok: Tensor | None, *, decay: bool) -> None:
+    """Move the parameters of a bucket (step 6), which decay where `ok`, if at all.
+
+    Args:
+        bucket: its parameters are modified in place.
+        directions: u of step 5, zero where not `ok`.
+        size: how far.
+        ok: 0-d bool; None for true.
+        decay: with weight decay.
+    """
+    if decay and size.decay:
+        # A tensor, since multi-tensor operations round a number to the dtype of the parameters.
+        keep = torch.as_tensor(gated(ok, 1 - size.decay, 1.0), dtype=wide_dtype(bucket.device), device=bucket.device)
+        if bucket.foreach:
             torch._foreach_mul_(bucket.params, keep)
-        torch._foreach_add_(bucket.params, directions, alpha=-lr)
-        return
-    for param, direction in zip(bucket.params, directions, strict=True):
-        if keep is not None:
-            param.mul_(keep)
-        param.add_(direction, alpha=-lr)
+        else:
+            for param in bucket.params:
+                param.mul_(keep)
+    if bucket.foreach:
+        torch._foreach_add_(bucket.params, directions, alpha=-size.lr)
+    else:
+        for param, direction in zip(bucket.params, directions, strict=True):
+            param.add_(direction, alpha=-size.lr)
 
 
 def parameter_mean_square(proposal: Proposal) -> Tensor:

@@ -60,13 +60,13 @@ class Stepper:
         sizes = step_sizes(self.groups, radius, keys.lr_unit(self.groups), folds_lr=self.rule.folds_lr)
         return walk(proposal, sizes, self.fisher, cautious=self.rule.cautious, **how)
 
-    def plain(self, entries: list[Entry], base: Tensor | None) -> Outcome:
+    def plain(self, entries: list[Entry], base: Tensor | None, numbers: Numbers) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
         proposal = self._absorb(entries, base)
         numbers, known = follow(
             proposal,
             self.rule,
-            keys.numbers_of(self.groups[0]),
+            numbers,
             walk=self._walk,
             evidence=Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"]),
         )
@@ -75,7 +75,7 @@ class Stepper:
                 self.state[param][keys.STEP] -= 1
         return proposal, numbers, known
 
-    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure) -> Outcome:
+    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
         snapshot, head = Snapshot([param for _, param in entries], self.state), self.groups[0]
         try:
@@ -84,7 +84,7 @@ class Stepper:
                 proposal,
                 snapshot,
                 self.rule,
-                keys.numbers_of(head),
+                numbers,
                 walk=self._walk,
                 trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
                 evidence=Evidence(

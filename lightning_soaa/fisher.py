@@ -16,15 +16,17 @@ agree bit for bit on the CPU. Equation numbers are the steps of the published ru
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated, norms, square_sum, wide_dtype
+from lightning_soaa._bucket import Bucket, dots, gated, square_sum, stacked, wide_dtype
 
 MOMENT = "m"
 SQUARE = "v"
+
+Unit: TypeAlias = Tensor | float | None
 
 # Keeps the first tensor where the second is above a bound, zero elsewhere. It has no branch, torch.where has one an
 # entry: on a CPU that is ten times as slow where signs are random.
@@ -142,10 +144,10 @@ def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> 
 
 
 def box(
-    bucket: Bucket, moments: list[Tensor], scale: Tensor | None, ok: Tensor | None, radius: float, unit: Tensor | None
+    bucket: Bucket, moments: list[Tensor], scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit
 ) -> list[Tensor]:
     """Return :func:`box_direction` of `moments` and the bucket's second moments, in the bucket's form."""
-    form = box_direction_foreach if bucket.foreach else box_direction
+    form = box_direction_foreach if bucket.many else box_direction
     return form(
         moments,
         bucket.state[SQUARE],
@@ -161,7 +163,7 @@ def box(
 class AbstractFisher(ABC):
     """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
 
-    # Whether :meth:`direction` may be asked of a part of a tensor.
+    # Whether it may be asked of parts of tensors, and of several in one.
     elementwise: ClassVar[bool] = False
 
     @abstractmethod
@@ -187,7 +189,7 @@ class AbstractFisher(ABC):
         scale: Tensor | None,
         ok: Tensor | None,
         radius: float,
-        unit: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:
@@ -198,7 +200,7 @@ class AbstractFisher(ABC):
             scale: c of step 3, 0-d; None leaves F out.
             ok: 0-d bool; None for true.
             radius: d.
-            unit: what eps is a multiple of, 0-d; None for 1.
+            unit: what eps is a multiple of, a number or 0-d; None for 1.
             cautious: coordinates on which u does not descend along the bucket's gradients are zero.
         """
 
@@ -232,9 +234,8 @@ class DiagonalFisher(AbstractFisher):
 
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Absorb the bucket's gradients where `ok` (step 1; the state is modified in place)."""
-        form = update_moments_foreach if bucket.foreach else update_moments
-        for block in bucket.blocks():
-            form(block.grads, block.state[MOMENT], block.state[SQUARE], ok, beta1=bucket.beta1, beta2=bucket.beta2)
+        form = update_moments_foreach if bucket.many else update_moments
+        form(bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], ok, beta1=bucket.beta1, beta2=bucket.beta2)
 
     def sums(self, bucket: Bucket) -> Tensor:
         """Return ``[sum(mh^2), sum(vh), eps n]`` over the bucket's n coordinates (the sums of step 3), shape (3,)."""
@@ -244,7 +245,8 @@ class DiagonalFisher(AbstractFisher):
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""
-        return norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
+        parts = stacked([second.sum() for second in bucket.state[SQUARE]])
+        return parts.to(wide_dtype(bucket.device)).sum() / bucket.correction2
 
     def direction(
         self,
@@ -252,7 +254,7 @@ class DiagonalFisher(AbstractFisher):
         scale: Tensor | None,
         ok: Tensor | None,
         radius: float,
-        unit: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:

@@ -30,6 +30,7 @@ from lightning_soaa.fisher import (
     SQUARE,
     AbstractFisher,
     DiagonalFisher,
+    Unit,
     box,
     drop_disagreement,
 )
@@ -218,7 +219,7 @@ class KroneckerFisher(AbstractFisher):
         scale: Tensor | None,
         ok: Tensor | None,
         radius: float,
-        unit: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:
