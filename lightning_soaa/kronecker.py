@@ -9,8 +9,8 @@ orthonormal basis of eigenvectors; the second moment is that of the gradient in 
     m <- b1 m + (1-b1) P' G Q            v <- b2 v + (1-b2) (P' G Q)^2     step 1
     u = P box(m, v) Q'                                                     steps 2 to 5 in the bases, and back
 
-The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, the first moment is
-turned with it, and the second takes the order of the new columns.
+The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, the first moment
+is turned with it, and the second takes the order of the new columns.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -192,3 +192,19 @@ def test_only_reading_the_report_costs_more(accelerator, packed, rule, reads):
         with CountReads() as counter:
             assert problem.optimizer.last_step.step == 1
         assert (len(packed), counter.scalars) == (reads, 0)
+
+
+def test_sums_over_shards_are_three_a_step_five_on_a_check_and_two_more_after_one(monkeypatch):
+    """Each `total` is one sum over processes where parameters are sharded."""
+    calls, inner = [], lightning_soaa._proposal.total
+    monkeypatch.setattr(lightning_soaa._proposal, "total", lambda *args: (calls.append(1), inner(*args))[1])
+    problem, seen = Problem("ratio").run(3), set()
+    for _ in range(60):
+        head = problem.optimizer.param_groups[0]
+        before, asked = head["total_trials"], head["checked_slope"] > 0
+        calls.clear()
+        problem.step()
+        trials = head["total_trials"] - before
+        if trials <= 1:
+            seen.add((bool(trials), asked, len(calls)))
+    assert seen == {(False, False, 3), (False, True, 5), (True, False, 5), (True, True, 7)}
