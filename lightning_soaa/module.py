@@ -57,9 +57,11 @@ class SOAAMixin(_Base):
             ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
             text names flag and remedy.
 
-    Does not undo, after a trial, what `training_step` does outside of the module, nor parameters that it moves itself,
-    such as a teacher's. A trial starts from the attributes that the batch left, such as a hidden state that is carried
-    on. For both see :attr:`in_trial`.
+    A trial starts from what the batch started from: random streams, buffers, attributes such as a hidden state that is
+    carried on, frozen parameters such as a teacher's that `training_step` moves. What the batch left is there again
+    afterwards. Does not undo what `training_step` does outside of the module, nor in what an attribute only leads to,
+    such as a list inside of a dict; nor, where frozen parameters outweigh the trained ones, edits of the largest by
+    ``.data``. For these see :attr:`in_trial`.
     """
 
     # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.

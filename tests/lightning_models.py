@@ -157,6 +157,15 @@ class Automatic(Mixed):
     automatic_optimization = True
 
 
+class OwnLoop(Mixed):
+    """The same, in a loop of its own."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.soaa_step(self.optimizers(), lambda: super(OwnLoop, self).training_step(batch, batch_idx))}
+
+
 class Mute(TrustRegionMonitor):
     """Stands in for the monitor, whose rows would double the time of a run, in tests that are not about it."""
 

@@ -10,7 +10,7 @@ from lightning_models import (
     REJECT,
     TRUST_REGION,
     Mixed,
-    Net,
+    OwnLoop,
     Remember,
     Tape,
     assert_same,
@@ -145,13 +145,6 @@ def test_always_rejecting_leaves_all_but_the_moments_untouched():
 
 def drop_rates(rows):
     return [(step, {key: value for key, value in row.items() if not key.startswith("lr-")}) for step, row in rows]
-
-
-class OwnLoop(SOAAMixin, Net):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        return {"loss": self.soaa_step(self.optimizers(), lambda: super(OwnLoop, self).training_step(batch, batch_idx))}
 
 
 @pytest.mark.parametrize("rule", [FixedRadius(), ACCEPT, RatioRadius(), RatioRadius(interval=1)])
