@@ -42,7 +42,7 @@ class Protected(Apart, ProtectedAdversaries):
 
 
 class Deciding(Protected):
-    """Weighs losses by rank; on rank 1 one batch is nan to the discriminator, and another a bad trial of the generator."""
+    """Weighs losses by rank; on rank 1 one batch is nan to the discriminator, another a bad trial to the other."""
 
     def training_step(self, batch, batch_idx):
         self.batch = batch_idx
