@@ -24,7 +24,7 @@ LAYERS = {
     "ratio": ({"_checks", "radius"}, set()),
     "_state": ({"_checks", "fisher", "radius"}, TORCH),
     "_loss": ({"_bucket", "_checks", "_dist"}, TORCH),
-    "_checkpoint": ({"_checks", "_state", "fisher", "radius"}, TORCH),
+    "_checkpoint": ({"_checks", "_state", "fisher", "gate", "radius"}, TORCH),
     "_gather": ({"_bucket", "_checks", "_dist", "_state", "fisher"}, TORCH),
     "_proposal": ({"_bucket", "_dist", "_state", "fisher", "gate"}, TORCH),
     "_unread": ({"_bucket", "_proposal", "_state", "gate"}, TORCH),
