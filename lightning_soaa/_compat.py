@@ -170,9 +170,10 @@ def batches_of_ranks(trainer: Any) -> list[float]:
 
     All processes must ask.
     """
-    count = torch.tensor(float(trainer.num_training_batches), device=trainer.strategy.root_device)
-    counts: list[float] = trainer.strategy.all_gather(count).tolist()
-    return counts
+    counts = torch.zeros(trainer.world_size, device=trainer.strategy.root_device)
+    counts[trainer.global_rank] = float(trainer.num_training_batches)
+    summed: list[float] = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    return summed
 
 
 def joins(trainer: Any) -> bool:

@@ -5,9 +5,11 @@ Two kinds: what attributes refer to, and the contents of tensors that a forward 
 
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -26,24 +28,29 @@ _TENSORS = frozenset({Tensor, nn.Parameter})
 class Attributes:
     """What attributes of a module and its parts refer to, and what lists, dicts, sets and deques among them hold.
 
-    That covers counters, hidden states, lists of outputs, buffers replaced by new tensors, and the bookkeeping of
-    torchmetrics. It goes one level deep: a list inside a dict stays edited.
+    That covers counters, hidden states, lists of outputs, buffers replaced by new tensors, the bookkeeping of
+    torchmetrics, and where random generators stand: torch's, numpy's, python's. It goes one level deep: a list inside a
+    dict stays edited.
     """
 
     parts: list[tuple[nn.Module, dict[str, Any]]]
     contents: list[tuple[Any, Any]]
+    streams: list[tuple[Callable[[Any], Any], Any]]
 
     @classmethod
     def of(cls, module: nn.Module) -> "Attributes":
         """Return those of `module` as they are now: references, and shallow copies of containers."""
         parts = [(part, attributes(part)) for part in module.modules()]
         values = [value for _, kept in parts for value in kept.values()]
-        return cls(parts, [(value, copy(value)) for value in values if type(value) in CONTAINERS])
+        contents = [(value, copy(value)) for value in values if type(value) in CONTAINERS]
+        return cls(parts, contents, [stream for value in values for stream in _stream(value)])
 
     def put_back(self) -> None:
         """Give the module these attributes, and no others."""
         for container, content in self.contents:
             _refill(container, content)
+        for put, state in self.streams:
+            put(state)
         for part, kept in self.parts:
             for name in attributes(part).keys() - kept.keys():
                 del vars(part)[name]
@@ -62,6 +69,21 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
     else:
         container.update(content)
+
+
+def _stream(value: Any) -> list[tuple[Callable[[Any], Any], Any]]:
+    """Return what puts a random generator back, and the state to put back; nothing for all else."""
+    numpy: Any = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator):
+        put: Callable[[Any], Any] = value.set_state
+        return [(put, value.get_state())]
+    if isinstance(value, Random):
+        return [(value.setstate, value.getstate())]
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return [(partial(setattr, value.bit_generator, "state"), value.bit_generator.state)]
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return [(value.set_state, value.get_state())]
+    return []
 
 
 class Contents:

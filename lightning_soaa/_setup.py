@@ -183,6 +183,18 @@ def with_soaa(module: Any, config: Any) -> Any:
     return _replaced(config, found[0], new)
 
 
+def warn_of_no_soaa(config: Any, trainer: Any) -> None:
+    """Warn where a module that runs its own loop has no SOAA to step: the mixin is nothing there."""
+    found = [type(optimizer).__name__ for optimizer in optimizers_in(config) if not isinstance(optimizer, SOAA)]
+    if found and len(found) == len(optimizers_in(config)):
+        _compat.warn(
+            trainer,
+            f"SOAAMixin: `configure_optimizers` returns no SOAA, got {', '.join(found)}; in a module that sets "
+            "automatic_optimization = False the mixin replaces none: return SOAA(...) in their place, and step them by "
+            "self.soaa_step(optimizer, loss_fn), or leave the mixin out.",
+        )
+
+
 def optimizers_in(config: Any) -> list[Any]:
     """Return the optimizers in any of the forms that `configure_optimizers` may return."""
     if isinstance(config, Optimizer):

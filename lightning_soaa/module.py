@@ -17,6 +17,7 @@ from lightning_soaa._setup import (
     refuse_tensor_parallel,
     refuse_uneven,
     refuse_unsupported,
+    warn_of_no_soaa,
     with_monitor,
     with_soaa,
 )
@@ -228,7 +229,12 @@ def _adopt_configure_optimizers(module: SOAAMixin) -> None:
 
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
-    """Return the user's configuration with SOAA in it, or SOAA alone."""
+    """Return the user's configuration with SOAA in it, or SOAA alone; as it is where the module runs its own loop."""
+    if module._soaa_choice is False:
+        config = inner()
+        if module._trainer is not None:
+            warn_of_no_soaa(config, module._trainer)
+        return config
     refuse_tensor_parallel(module._trainer)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
@@ -297,7 +303,7 @@ _ACTS: dict[str, Act] = {
 # What `automatic_optimization` was set to where a hook is the user's own, as if there were no mixin.
 _LEFT_ALONE: dict[str, tuple[bool | None, ...]] = {
     "configure_callbacks": (False,),
-    "configure_optimizers": (False,),
+    "configure_optimizers": (),
     "on_load_checkpoint": (False,),
     "on_train_epoch_start": (),
     "on_train_batch_start": (False,),

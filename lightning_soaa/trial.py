@@ -32,7 +32,7 @@ class RandomState:
         python: state of the module ``random``.
         numpy: state of numpy's global generator, None if numpy is not imported.
 
-    Does not hold generators that a module owns itself.
+    Generators that a module owns itself are among its attributes.
     """
 
     cpu: Tensor

@@ -1,5 +1,7 @@
 """Modules that run their own loop and step one or several SOAA by `soaa_step`."""
 
+import re
+
 import pytest
 import torch
 from lightning_models import (
@@ -163,6 +165,30 @@ def test_exception_in_a_trial_restores_parameters_and_buffers():
         trainer.fit(module, loader())
     assert_same(module.before, dict(module.state_dict()))
     assert module.in_trial is False
+
+
+def test_a_loop_of_its_own_without_a_soaa_is_warned_of_by_name():
+    class Adams(ProtectedAdversaries):
+        def step(self, optimizer, loss_fn):
+            return Adversaries.step(self, optimizer, loss_fn)
+
+        def configure_optimizers(self):
+            parts = ([*self.discriminator.parameters(), *self.head.parameters()], self.generator.parameters())
+            found = [torch.optim.Adam(part) for part in parts]
+            return found, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in found]
+
+    text = (
+        "SOAAMixin: `configure_optimizers` returns no SOAA, got Adam, Adam; in a module that sets "
+        "automatic_optimization = False the mixin replaces none: return SOAA(...) in their place, and step them by "
+        "self.soaa_step(optimizer, loss_fn), or leave the mixin out."
+    )
+    seed()
+    trainer, _ = make_trainer(max_epochs=1)
+    trainer.callbacks = []
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$") as caught:
+        trainer.fit(Adams(), loader())
+    assert len([w for w in caught if str(w.message).startswith("SOAAMixin")]) == 1
+    assert trainer.global_step == 16
 
 
 def foreign(module):

@@ -206,6 +206,7 @@ class Theirs(LightningModule):
     layer = None
 
 
+@pytest.mark.filterwarnings("ignore:SOAAMixin. `configure_optimizers` returns no SOAA, got SGD")
 @pytest.mark.parametrize("make", [OwnLoopByBody, OwnLoopByInit])
 def test_module_that_switches_automatic_optimization_off_is_left_alone(make):
     module = make()

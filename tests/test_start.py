@@ -1,5 +1,8 @@
 """A trial starts from what the batch started from, and leaves what the batch left: state that training_step carries."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from lightning_models import (
@@ -133,8 +136,22 @@ class TeacherReplaced(Teacher):
         its.data = its.data * 0.9 + mine.data * 0.1
 
 
+class OwnGenerators(Carrying):
+    """Noise from generators that the module owns."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.torch_rng, self.numpy_rng = torch.Generator().manual_seed(1), np.random.default_rng(2)
+        self.python_rng, self.old_numpy_rng = random.Random(3), np.random.RandomState(4)
+
+    def carry(self, inputs, weight):
+        drawn = self.python_rng.random() + self.numpy_rng.random() + self.old_numpy_rng.rand()
+        return (weight * torch.rand(8, 4, generator=self.torch_rng) * float(drawn)).square().sum()
+
+
 CASES = [
-    Hidden, HiddenInAList, HiddenInPlace, Counting, Codebook, Spectral, Teacher, TeacherByData, TeacherReplaced
+    Hidden, HiddenInAList, HiddenInPlace, Counting, OwnGenerators, Codebook, Spectral, Teacher, TeacherByData,
+    TeacherReplaced,
 ]  # fmt: skip
 
 
