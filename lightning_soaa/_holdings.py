@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_soaa._dist import is_sharded, local
 
@@ -114,7 +115,8 @@ def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     and tensors that are attributes are copied, the smallest first, as long as they take no more memory than the trained
     parameters. What is beyond that, such as a pretrained part that is frozen, rarely moves.
 
-    Left out are expanded tensors, which cannot be written in place, and those of tensor subclasses.
+    Left out are expanded tensors, which cannot be written in place, lazy ones that have no shape yet, and, but for
+    buffers, those of tensor subclasses or sparse.
     """
     torchmetrics = sys.modules.get("torchmetrics")
     metric = torchmetrics.Metric if torchmetrics is not None else ()
@@ -126,7 +128,7 @@ def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         kept = always if isinstance(part, metric) else others
         kept |= {id(value): value for value in values if _writable(value)}
         others |= {id(value): value for value in part._parameters.values() if value is not None and _writable(value)}
-    budget = sum(param.nbytes for param in module.parameters() if param.requires_grad)
+    budget = sum(param.nbytes for param in module.parameters() if param.requires_grad and not is_lazy(param))
     copied: list[Tensor] = list(always.values())
     large: list[Tensor] = []
     found = [value for key, value in others.items() if key not in always and _plain(value)]
@@ -137,8 +139,8 @@ def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _writable(tensor: Tensor) -> bool:
-    """Return whether a tensor can be written in place here: not expanded, not made in inference mode."""
-    if tensor.is_inference():
+    """Return whether a tensor can be written in place here: not expanded, not lazy, not made in inference mode."""
+    if is_lazy(tensor) or tensor.is_inference():
         return False
     if tensor.layout != torch.strided:
         return True
@@ -147,7 +149,8 @@ def _writable(tensor: Tensor) -> bool:
 
 def _plain(tensor: Tensor) -> bool:
     """Return whether a tensor has no gradients, and is of a kind whose copy is just a copy."""
-    return not tensor.requires_grad and (type(tensor) in _TENSORS or is_sharded(tensor))
+    strided = tensor.layout == torch.strided
+    return strided and not tensor.requires_grad and (type(tensor) in _TENSORS or is_sharded(tensor))
 
 
 class Marks:

@@ -167,7 +167,7 @@ def with_soaa(module: Any, config: Any) -> Any:
             "configure_optimizers",
             "one that returns one optimizer, or left out",
             f"{len(found)} optimizers",
-            "to step several, set automatic_optimization = False and write the steps in training_step",
+            "to step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
         )
     old = getattr(found[0], "optimizer", found[0])  # LightningOptimizer wraps
     if isinstance(old, SOAA):

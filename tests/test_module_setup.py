@@ -437,12 +437,12 @@ REFUSED = {
     "two optimizers": (
         lambda: Configured(two_optimizers), {},
         "SOAAMixin: `configure_optimizers` must be one that returns one optimizer, or left out, got 2 optimizers; to "
-        "step several, set automatic_optimization = False and write the steps in training_step",
+        "step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
     ),
     "no optimizer": (
         lambda: Configured(lambda module: None), {},
         "SOAAMixin: `configure_optimizers` must be one that returns one optimizer, or left out, got 0 optimizers; to "
-        "step several, set automatic_optimization = False and write the steps in training_step",
+        "step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
     ),
     "configure_soaa": (
         type("Other", (Configured,), {"__init__": lambda self: Configured.__init__(self, adamw),

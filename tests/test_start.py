@@ -241,6 +241,29 @@ def test_frozen_parameters_are_copied_up_to_the_memory_of_the_trained_ones():
     assert {id(buffer) for buffer in module.buffers()} <= {id(tensor) for tensor in copied}
 
 
+class Odd(Carrying):
+    """Attributes that a copy could stumble over, and layers that take their shape from the first batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.late = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+        self.wide, self.sparse, self.table = torch.ones(1).expand(4, 3), torch.eye(3).to_sparse(), {"a": {"b": []}}
+
+    def carry(self, inputs, weight):
+        with torch.inference_mode():
+            self.inferred = inputs.detach().mean()
+        self.alias, self.row, self.graph = weight, weight.detach()[0], weight * 2
+        self.half = torch.ones(2, dtype=torch.float16)
+        return self.late(inputs).square().mean() + self.graph.sum() * 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected", "ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_that_cannot_be_copied_or_written_are_left_alone(mode):
+    facts = [train(lambda: holding(Odd, mode)(rule)).facts() for rule in (FixedRadius(), ACCEPT)]  # noqa: B023
+    assert_same(*facts)
+
+
 @pytest.mark.parametrize("case", [Teacher, TeacherReplaced])
 @pytest.mark.parametrize("mode", MODES)
 def test_larger_frozen_parameters_that_training_step_moves_are_there_again_after_a_trial(case, mode):
