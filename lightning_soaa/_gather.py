@@ -61,23 +61,33 @@ def gather(
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for index, param in entries:
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             continue
         group, kept = groups[index], state[param]
         kept[STEP] += 1
-        shards = shards_of(param)
+        plain = type(grad) is Tensor  # no DTensor then, nor is the parameter
+        shards = () if plain else shards_of(param)
         key = (index, param.device, param.dtype, kept[STEP], shards)
-        if key not in buckets:
+        bucket = buckets.get(key)
+        if bucket is None:
             beta1, beta2 = group["betas"]
             foreach = group["foreach"] is not False
-            buckets[key] = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
-            buckets[key].last_bound, buckets[key].shards = float(group[GROUP_RADIUS]), shards
-        bucket = buckets[key]
-        grad = as_real(local(param.grad).resolve_conj().resolve_neg()).to(state_dtype(param.dtype))
-        bucket.params.append(as_real(local(param)))
+            bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
+            bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
+            buckets[key] = bucket
+        grad = _as_kept(grad if plain else local(grad), state_dtype(param.dtype))
+        bucket.params.append(as_real(param if plain else local(param)))
         bucket.coordinates += param.numel() * (2 if param.is_complex() else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
         for name, value in kept.items():
-            if isinstance(value, Tensor):
-                bucket.state.setdefault(name, []).append(local(value))
+            if name != STEP:
+                bucket.state.setdefault(name, []).append(value if plain else local(value))
     return list(buckets.values())
+
+
+def _as_kept(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a gradient as a real tensor of `dtype`, itself if it is one."""
+    if grad.is_conj() or grad.is_neg():
+        grad = grad.resolve_conj().resolve_neg()
+    return as_real(grad).to(dtype)

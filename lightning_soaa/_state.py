@@ -1,6 +1,7 @@
 """What :class:`~lightning_soaa.SOAA` keeps: names of its state, options of groups, the copy a check restores."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -120,6 +121,7 @@ def fresh_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in own and not key.startswith(RULE)}
 
 
+@cache
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of moments for parameters of `dtype`: float32 at least."""
     real = dtype.to_real() if dtype.is_complex else dtype

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa import _state as keys
 from lightning_soaa._gather import Entry, ensure_state, gather
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, aim, step_sizes
+from lightning_soaa._proposal import Proposal, absorb, step_sizes, walk
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread
@@ -55,20 +55,19 @@ class Stepper:
         """Return a loss as it is minimised, mean over ranks."""
         return minimised(loss, home, maximize=self.groups[0]["maximize"])
 
-    def _aim(self, proposal: Proposal, radius: float) -> None:
-        """Set the proposal's directions at `radius`."""
+    def _walk(self, proposal: Proposal, radius: float, **how: Any) -> Tensor | None:
+        """Take the proposal's step at `radius`."""
         sizes = step_sizes(self.groups, radius, keys.lr_unit(self.groups), folds_lr=self.rule.folds_lr)
-        aim(proposal, sizes, self.fisher, cautious=self.rule.cautious)
+        return walk(proposal, sizes, self.fisher, cautious=self.rule.cautious, **how)
 
-    def plain(self, entries: list[Entry], base: Tensor | None) -> Outcome:
+    def plain(self, entries: list[Entry], base: Tensor | None, numbers: Numbers) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
         proposal = self._absorb(entries, base)
         numbers, known = follow(
             proposal,
             self.rule,
-            keys.numbers_of(self.groups[0]),
-            aim=self._aim,
-            fisher=self.fisher,
+            numbers,
+            walk=self._walk,
             evidence=Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"]),
         )
         if known.get("skipped", False):
@@ -76,7 +75,7 @@ class Stepper:
                 self.state[param][keys.STEP] -= 1
         return proposal, numbers, known
 
-    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure) -> Outcome:
+    def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
         snapshot, head = Snapshot([param for _, param in entries], self.state), self.groups[0]
         try:
@@ -85,8 +84,8 @@ class Stepper:
                 proposal,
                 snapshot,
                 self.rule,
-                keys.numbers_of(head),
-                aim=self._aim,
+                numbers,
+                walk=self._walk,
                 trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
                 evidence=Evidence(
                     base=0.0,

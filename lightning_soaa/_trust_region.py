@@ -11,16 +11,14 @@ from lightning_soaa._checks import check_nonnegative
 from lightning_soaa._proposal import (
     Proposal,
     linear_reduction,
-    move,
     parameter_mean_square,
     published_reduction,
     read,
 )
 from lightning_soaa._state import RADIUS, Snapshot
-from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 
-Aim = Callable[[Proposal, float], None]
+Walk = Callable[..., Any]  # walks a proposal at a radius, with the keywords of `_proposal.walk`
 Known = dict[str, Any]
 
 
@@ -36,7 +34,7 @@ def judge(rule: AbstractRadius, numbers: Numbers, evidence: Evidence) -> Decisio
 
 
 def follow(
-    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, aim: Aim, fisher: AbstractFisher, evidence: Evidence
+    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, walk: Walk, evidence: Evidence
 ) -> tuple[Numbers, Known]:
     """Take a step without a trial. Reads nothing on the host unless the rule needs the loss.
 
@@ -46,15 +44,15 @@ def follow(
         The rule's new numbers, and what is known of the step for its report.
     """
     known: Known = {"checked": False, "accepted": True, "trials": 0}
-    aim(proposal, numbers[RADIUS])
+    radius = numbers[RADIUS]
     if rule.needs_loss:
-        predicted = published_reduction(proposal, fisher)
+        predicted = walk(proposal, radius, moves=False, reduction=published_reduction)
         base, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
         known |= {"skipped": not ok, "accepted": bool(ok)}
         if ok:
             decision = judge(rule, numbers, replace(evidence, base=base, predicted=promised))
             numbers, known["reductions"] = decision.numbers, decision.reductions
-    move(proposal, decay=True)
+    walk(proposal, radius)
     return numbers, known
 
 
@@ -64,23 +62,23 @@ def search(
     rule: AbstractRadius,
     numbers: Numbers,
     *,
-    aim: Aim,
+    walk: Walk,
     trial_loss: Callable[[], Tensor],
     evidence: Evidence,
     rounding: float,
     gap: float | None,
-    pending: Sequence[Tensor | None],
+    pending: Sequence[Tensor | float | None],
 ) -> tuple[Numbers, Known]:
     """Try radii until `rule` keeps a point or gives up; the parameters are left at the kept or the first point.
 
     Reads the host once a trial of a step. The trial point leaves weight decay out, since decay is no part of the loss.
 
     Args:
-        proposal: gradients absorbed, no direction yet (its directions are set here).
+        proposal: gradients absorbed.
         snapshot: the point the step starts from.
         rule: judges each trial.
         numbers: the rule's running numbers.
-        aim: sets the proposal's directions at a radius.
+        walk: takes the proposal's step at a radius.
         trial_loss: the loss at the current parameters, mean over ranks, 0-d.
         evidence: what is known before the first trial.
         rounding: rounding error of the base loss, relative to it.
@@ -96,9 +94,8 @@ def search(
     repeat, attempt = trial_loss() if apart else None, 0
     while True:
         attempt += 1
-        aim(proposal, numbers[RADIUS])
-        predicted = linear_reduction(proposal)
-        move(proposal, decay=False)
+        radius = numbers[RADIUS]
+        predicted = walk(proposal, radius, decay=False, reduction=linear_reduction)
         values = [proposal.base, trial_loss(), predicted, mean_square, repeat, proposal.ok, proposal.outlier]
         base, trial, promised, square, repeated, ok, outlier, *heard = read([*values, *pending], home)
         known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}
@@ -123,7 +120,7 @@ def search(
             snapshot.restore_params()
         elif any(size.decay for size in proposal.sizes):
             snapshot.restore_params()
-            move(proposal, decay=True)
+            walk(proposal, radius)
         if decision.accepted or not decision.retry:
             return numbers, known
 

@@ -16,18 +16,25 @@ agree bit for bit on the CPU. Equation numbers are the steps of the published ru
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated, norms, square_sum, wide_dtype
+from lightning_soaa._bucket import Bucket, dots, gated, square_sum, stacked, wide_dtype
 
 MOMENT = "m"
 SQUARE = "v"
 
+Unit: TypeAlias = Tensor | float | None
+
+# Keeps the first tensor where the second is above a bound, zero elsewhere. It has no branch, torch.where has one an
+# entry: on a CPU that is ten times as slow where signs are random.
+keep_above = torch.ops.aten.threshold_backward.grad_input
+
 
 def update_moments(
-    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor, *, beta1: float, beta2: float
+    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor | None, *, beta1: float, beta2: float
 ) -> None:
     """Step 1 where `ok`, nothing otherwise; the readable form.
 
@@ -35,24 +42,24 @@ def update_moments(
         grads: gradients; not read where `ok` is false, so they may hold nan.
         m: first moments (modified in place).
         v: second moments (modified in place).
-        ok: 0-d bool on the tensors' device, so that the host need not know it.
+        ok: 0-d bool on the tensors' device, so that the host need not know it; None where the host knows it is true.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
     """
-    decay1, decay2 = gated(ok, beta1, 1.0), gated(ok, beta2, 1.0)
+    decay = gated(ok, beta2, 1.0)
     for grad, first, second in zip(grads, m, v, strict=True):
-        clean = torch.where(ok, grad, 0.0)
-        first.mul_(decay1).add_(clean, alpha=1 - beta1)
-        second.mul_(decay2).addcmul_(clean, clean, value=1 - beta2)
+        toward, clean = (grad, grad) if ok is None else (torch.where(ok, grad, first), torch.where(ok, grad, 0.0))
+        first.lerp_(toward, 1 - beta1)
+        second.mul_(decay).addcmul_(clean, clean, value=1 - beta2)
 
 
 def update_moments_foreach(
-    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor, *, beta1: float, beta2: float
+    grads: list[Tensor], m: list[Tensor], v: list[Tensor], ok: Tensor | None, *, beta1: float, beta2: float
 ) -> None:
     """:func:`update_moments` by multi-tensor operations (`m` and `v` modified in place)."""
-    clean = [torch.where(ok, grad, 0.0) for grad in grads]
-    torch._foreach_mul_(m, gated(ok, beta1, 1.0))
-    torch._foreach_add_(m, clean, alpha=1 - beta1)
+    toward = grads if ok is None else [torch.where(ok, grad, first) for grad, first in zip(grads, m, strict=True)]
+    clean = grads if ok is None else [torch.where(ok, grad, 0.0) for grad in grads]
+    torch._foreach_lerp_(m, toward, 1 - beta1)
     torch._foreach_mul_(v, gated(ok, beta2, 1.0))
     torch._foreach_addcmul_(v, clean, clean, value=1 - beta2)
 
@@ -61,42 +68,41 @@ def box_direction(
     m: list[Tensor],
     v: list[Tensor],
     scale: Tensor | None,
-    ok: Tensor,
+    ok: Tensor | None,
     *,
     radius: float,
     correction1: float,
     correction2: float,
-    eps: float,
-    gain: Tensor | None = None,
+    eps: float | Tensor,
 ) -> list[Tensor]:
     """Steps 2, 4 and 5: the minimiser of the diagonal model in the box of `radius`; the readable form.
 
     ``u_i = d mh_i / (max(d F_i, sqrt(vh_i)) + eps)``, which up to `eps` is the elementwise smaller of the
-    natural-gradient step ``mh/F`` and the box bound ``d mh/sqrt(vh)``.
+    natural-gradient step ``mh/F`` and the box bound ``d mh/sqrt(vh)``. Where only the box limits, ``sqrt(1-b2^t)`` is
+    taken out of the root, which saves a pass over the tensors.
 
     Args:
         m: first moments, uncorrected.
         v: second moments, uncorrected.
         scale: c of step 3, 0-d; None leaves F out, so that only the box limits.
-        ok: 0-d bool; where it is false the direction is zero.
+        ok: 0-d bool; where it is false the direction is zero. None for true.
         radius: d.
         correction1: ``1 - b1^t``.
         correction2: ``1 - b2^t``.
-        eps: added to the denominator.
-        gain: what gradients are multiplied by, 0-d, which changes the unit of eps; None for 1.
+        eps: added to the denominator, a number or 0-d.
 
     Returns:
         The direction u for each tensor, newly allocated; the step is ``-lr u``.
     """
-    factor = gated(ok, radius / correction1, 0.0)
-    factor = factor if gain is None else factor * gain
-    directions = []
+    root = 1.0 if scale is not None else correction2**0.5
+    factor, directions = gated(ok, radius * root / correction1, 0.0), []
     for first, second in zip(m, v, strict=True):
-        corrected = second / correction2 if gain is None else second * (gain.square() / correction2)
-        denominator = corrected.sqrt()
-        if scale is not None:
-            denominator = torch.maximum(corrected.mul_(scale * radius), denominator)
-        denominator.add_(eps)
+        if scale is None:
+            denominator = second.sqrt()
+        else:
+            corrected = second / correction2
+            denominator = torch.maximum(corrected.sqrt(), corrected.mul_(scale * radius))
+        denominator.add_(eps * root)
         directions.append((first / denominator).mul_(factor))
     return directions
 
@@ -105,46 +111,68 @@ def box_direction_foreach(
     m: list[Tensor],
     v: list[Tensor],
     scale: Tensor | None,
-    ok: Tensor,
+    ok: Tensor | None,
     *,
     radius: float,
     correction1: float,
     correction2: float,
-    eps: float,
-    gain: Tensor | None = None,
+    eps: float | Tensor,
 ) -> list[Tensor]:
     """:func:`box_direction` by multi-tensor operations."""
-    factor = gated(ok, radius / correction1, 0.0)
-    if gain is None:
-        corrected = torch._foreach_div(v, correction2)
+    root = 1.0 if scale is not None else correction2**0.5
+    if scale is None:
+        denominators = torch._foreach_sqrt(v)
     else:
-        corrected, factor = torch._foreach_mul(v, gain.square() / correction2), factor * gain
-    denominators = torch._foreach_sqrt(corrected)
-    if scale is not None:
+        corrected = torch._foreach_div(v, correction2)
+        denominators = torch._foreach_sqrt(corrected)
         torch._foreach_mul_(corrected, scale * radius)
         torch._foreach_maximum_(denominators, corrected)
-    torch._foreach_add_(denominators, eps)
+    # A 0-d tensor without `alpha` is taken for a number, which the host would wait for.
+    torch._foreach_add_(denominators, eps * root, **({"alpha": 1} if isinstance(eps, Tensor) else {}))
     directions = torch._foreach_div(m, denominators)
-    torch._foreach_mul_(directions, factor)
+    torch._foreach_mul_(directions, gated(ok, radius * root / correction1, 0.0))
     return list(directions)
 
 
 def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Set to zero the coordinates on which a direction does not descend (arXiv 2411.16085; modified in place)."""
+    """Set to zero the coordinates on which a direction does not descend (arXiv 2411.16085; modified in place).
+
+    Also those whose gradient is nan.
+    """
     for direction, grad in zip(directions, grads, strict=True):
-        direction.mul_(direction * grad > 0)
+        keep_above(direction, direction * grad, 0.0, grad_input=direction)
+
+
+def box(
+    bucket: Bucket, moments: list[Tensor], scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit
+) -> list[Tensor]:
+    """Return :func:`box_direction` of `moments` and the bucket's second moments, in the bucket's form."""
+    form = box_direction_foreach if bucket.many else box_direction
+    return form(
+        moments,
+        bucket.state[SQUARE],
+        scale,
+        ok,
+        radius=radius,
+        correction1=bucket.correction1,
+        correction2=bucket.correction2,
+        eps=bucket.eps if unit is None else unit * bucket.eps,
+    )
 
 
 class AbstractFisher(ABC):
     """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
+
+    # Whether it may be asked of parts of tensors, and of several in one.
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`; the same keys for every parameter."""
 
     @abstractmethod
-    def update(self, bucket: Bucket, ok: Tensor) -> None:
-        """Absorb the bucket's gradients where `ok` (step 1; the state is modified in place)."""
+    def update(self, bucket: Bucket, ok: Tensor | None) -> None:
+        """Absorb the bucket's gradients where `ok`, None for true (step 1; the state is modified in place)."""
 
     @abstractmethod
     def square(self, bucket: Bucket) -> Tensor:
@@ -159,9 +187,9 @@ class AbstractFisher(ABC):
         self,
         bucket: Bucket,
         scale: Tensor | None,
-        ok: Tensor,
+        ok: Tensor | None,
         radius: float,
-        gain: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:
@@ -170,9 +198,9 @@ class AbstractFisher(ABC):
         Args:
             bucket: its moments are read.
             scale: c of step 3, 0-d; None leaves F out.
-            ok: 0-d bool.
+            ok: 0-d bool; None for true.
             radius: d.
-            gain: what gradients are multiplied by before eps is added, 0-d; None for 1.
+            unit: what eps is a multiple of, a number or 0-d; None for 1.
             cautious: coordinates on which u does not descend along the bucket's gradients are zero.
         """
 
@@ -196,15 +224,17 @@ class DiagonalFisher(AbstractFisher):
     them: it was a valid gradient of its batch. Does not see interactions between coordinates.
     """
 
+    elementwise: ClassVar[bool] = True
+
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`."""
         return {
             key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format) for key in (MOMENT, SQUARE)
         }
 
-    def update(self, bucket: Bucket, ok: Tensor) -> None:
+    def update(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Absorb the bucket's gradients where `ok` (step 1; the state is modified in place)."""
-        form = update_moments_foreach if bucket.foreach else update_moments
+        form = update_moments_foreach if bucket.many else update_moments
         form(bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], ok, beta1=bucket.beta1, beta2=bucket.beta2)
 
     def sums(self, bucket: Bucket) -> Tensor:
@@ -215,31 +245,21 @@ class DiagonalFisher(AbstractFisher):
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""
-        return norms(bucket.state[SQUARE], 1, foreach=bucket.foreach).sum() / bucket.correction2
+        parts = stacked([second.sum() for second in bucket.state[SQUARE]])
+        return parts.to(wide_dtype(bucket.device)).sum() / bucket.correction2
 
     def direction(
         self,
         bucket: Bucket,
         scale: Tensor | None,
-        ok: Tensor,
+        ok: Tensor | None,
         radius: float,
-        gain: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
-        form = box_direction_foreach if bucket.foreach else box_direction
-        directions = form(
-            bucket.state[MOMENT],
-            bucket.state[SQUARE],
-            scale,
-            ok,
-            radius=radius,
-            correction1=bucket.correction1,
-            correction2=bucket.correction2,
-            eps=bucket.eps,
-            gain=gain,
-        )
+        directions = box(bucket, bucket.state[MOMENT], scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, bucket.grads)
         return directions

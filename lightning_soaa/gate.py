@@ -1,10 +1,12 @@
 """The outlier gate: which gradients are so far outside their recent distribution that they are left out.
 
 Two figures of a step are followed, the logarithm of the gradient's norm and the loss: mean and variance of both, as
-exponential averages. All is 0-d tensors on the device, so that the host need not wait to learn of it.
+exponential averages. On an accelerator all is 0-d tensors, so that the host need not wait to learn of it; on the CPU,
+where it does not wait, the same is done with numbers.
 """
 
 from math import log
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,14 +26,51 @@ MEAN_SHARE, VARIANCE_SHARE, PEAK_LOSS, PEAK_LIFT = 0.1, 0.01, 0.001, 0.1
 # leaves out more than 1 in 11 for long, and lets a lasting change in after three steps.
 EARNED, IN_A_ROW = 0.1, 3.0
 
-# Gradients seen, losses seen, right to leave out, mean and variance of the log norm, mean and variance of the loss, and
-# how far the highest log norm lies above its mean.
+# What the gate knows, shape (8,): gradients seen, losses seen, right to leave out, mean and variance of the log norm,
+# mean and variance of the loss, and how far the highest log norm lies above its mean.
+Gate: TypeAlias = Tensor | tuple[float, ...]
 SIZE = 8
+# Before the first gradient.
+FRESH_GATE = (0.0, 0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def fresh_gate(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return what the gate knows before the first gradient, shape (8,)."""
-    return torch.tensor([0.0, 0.0, IN_A_ROW, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype, device=device)
+def pass_gate_on_host(
+    known: tuple[float, ...], square: float, loss: float | None, finite: bool
+) -> tuple[bool, tuple[float, ...]]:
+    """:func:`pass_gate` with numbers, the readable form."""
+    if not finite or square <= 0:
+        return False, known
+    norms_seen, losses_seen, credit, norm_mean, norm_variance, loss_mean, loss_variance, peak = known
+    norm = log(square) / 2
+    gap = norm - norm_mean
+    highest = min(NORM_DEVIATIONS * norm_variance**0.5 + log(NORM_FACTOR), peak + log(PEAK_FACTOR))
+    worst = LOSS_DEVIATIONS * loss_variance**0.5
+    far = norms_seen >= WARM_UP and gap > highest
+    if loss is not None and losses_seen >= WARM_UP:
+        far = far or (loss - loss_mean > worst and gap > log(LOSS_FACTOR))
+    outlier = far and credit >= 1
+    if norms_seen > 0:
+        lifted = peak + PEAK_LIFT * max(0.0, min(gap, highest) - peak)
+        peak = lifted if far else max((1 - PEAK_LOSS) * peak, gap)
+    norms = _followed((norms_seen, norm_mean, norm_variance), norm, highest, far=far, outlier=outlier)
+    losses = (losses_seen, loss_mean, loss_variance)
+    if loss is not None:
+        losses = _followed(losses, loss, worst, far=far, outlier=outlier)
+    credit = credit - 1 if outlier else min(credit + EARNED, IN_A_ROW)
+    return outlier, (norms[0], losses[0], credit, norms[1], norms[2], losses[1], losses[2], peak)
+
+
+def _followed(
+    known: tuple[float, float, float], value: float, limit: float, *, far: bool, outlier: bool
+) -> tuple[float, float, float]:
+    """Return count, mean and variance of a figure once `value` has been seen."""
+    seen, mean, variance = known
+    gap, newest = value - mean, 1 / (seen + 1)
+    moved = (0.0 if outlier else gap) if far else max(newest, MEAN_SHARE) * gap
+    if seen > 0:  # the first of them has nothing to deviate from
+        share, bounded = max(newest, VARIANCE_SHARE), min(max(gap, -limit), limit) if far else gap
+        variance = (1 - share) * (variance + share * bounded**2)
+    return seen + (not outlier), mean + moved, variance
 
 
 def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor) -> tuple[Tensor, Tensor]:

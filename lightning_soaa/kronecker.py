@@ -30,7 +30,8 @@ from lightning_soaa.fisher import (
     SQUARE,
     AbstractFisher,
     DiagonalFisher,
-    box_direction,
+    Unit,
+    box,
     drop_disagreement,
 )
 
@@ -173,18 +174,19 @@ class KroneckerFisher(AbstractFisher):
         return total
 
     @without_autocast
-    def update(self, bucket: Bucket, ok: Tensor) -> None:
+    def update(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Absorb gradients where `ok`, and refresh the bases whose turn it is (the state is modified in place)."""
-        decay1, decay2 = gated(ok, bucket.beta1, 1.0), gated(ok, bucket.beta2, 1.0)
+        decay, bucket.rotated = gated(ok, bucket.beta2, 1.0), []
         for index, grad in enumerate(bucket.grads):
             state = {key: tensors[index] for key, tensors in bucket.state.items()}
-            clean = torch.where(ok, grad, 0.0)
+            clean = grad if ok is None else torch.where(ok, grad, 0.0)
             self._turn(state, clean, ok, first=bucket.step == 1, due=(bucket.step + index) % self.refresh_every == 0)
             rotated = rotate(clean, state[LEFT_BASIS], state[RIGHT_BASIS])
-            state[MOMENT].mul_(decay1).add_(clean, alpha=1 - bucket.beta1)
-            state[SQUARE].mul_(decay2).addcmul_(rotated, rotated, value=1 - bucket.beta2)
+            state[MOMENT].lerp_(grad if ok is None else torch.where(ok, grad, state[MOMENT]), 1 - bucket.beta1)
+            state[SQUARE].mul_(decay).addcmul_(rotated, rotated, value=1 - bucket.beta2)
+            bucket.rotated.append(rotated)
 
-    def _turn(self, state: dict[str, Tensor], clean: Tensor, ok: Tensor, *, first: bool, due: bool) -> None:
+    def _turn(self, state: dict[str, Tensor], clean: Tensor, ok: Tensor | None, *, first: bool, due: bool) -> None:
         """Let the factors absorb a gradient, zero where not `ok`, and turn the bases (`state` modified in place)."""
         matrix = as_matrix(clean) if clean.ndim > 1 else clean
         for side, (factor, basis) in enumerate(SIDES):
@@ -194,7 +196,8 @@ class KroneckerFisher(AbstractFisher):
             state[factor].mul_(gated(ok, 0.0 if first else self.decay, 1.0))
             state[factor].addmm_(rows, rows.T, alpha=1.0 if first else 1 - self.decay)
             if first:
-                state[basis].copy_(torch.where(ok, first_basis(state[factor]), state[basis]))
+                new = first_basis(state[factor])
+                state[basis].copy_(new if ok is None else torch.where(ok, new, state[basis]))
             elif due:
                 turned, order = refreshed(state[factor], state[basis])
                 state[basis].copy_(turned)
@@ -214,28 +217,18 @@ class KroneckerFisher(AbstractFisher):
         self,
         bucket: Bucket,
         scale: Tensor | None,
-        ok: Tensor,
+        ok: Tensor | None,
         radius: float,
-        gain: Tensor | None = None,
+        unit: Unit = None,
         *,
         cautious: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`; found in the bases, turned back."""
         bases = self._bases(bucket)
         moments = [rotate(m, *pair) for m, pair in zip(bucket.state[MOMENT], bases, strict=True)]
-        directions = box_direction(
-            moments,
-            bucket.state[SQUARE],
-            scale,
-            ok,
-            radius=radius,
-            correction1=bucket.correction1,
-            correction2=bucket.correction2,
-            eps=bucket.eps,
-            gain=gain,
-        )
+        directions = box(bucket, moments, scale, ok, radius, unit)
         if cautious:
-            drop_disagreement(directions, [rotate(g, *pair) for g, pair in zip(bucket.grads, bases, strict=True)])
+            drop_disagreement(directions, bucket.rotated)
         for index, pair in enumerate(bases):
             if any(basis.numel() for basis in pair):
                 bounded = directions[index].clamp_(-radius, radius) if bucket.step > 1 else directions[index].zero_()

@@ -16,6 +16,7 @@ from lightning_soaa._proposal import Proposal, describe, read
 from lightning_soaa._step import LossClosure, Stepper
 from lightning_soaa._unread import Unread, settle
 from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
+from lightning_soaa.gate import Gate
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
@@ -218,7 +219,8 @@ class SOAA(Optimizer):
     def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
         rule, head, trials = self.radius_rule, self.param_groups[0], 0
-        check = rule.needs_trial and rule.check_due(keys.numbers_of(head), head[keys.UNCHECKED_STEPS])
+        numbers = keys.numbers_of(head)
+        check = rule.needs_trial and rule.check_due(numbers, head[keys.UNCHECKED_STEPS])
         if base is None and (check or rule.needs_loss):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
@@ -226,13 +228,13 @@ class SOAA(Optimizer):
         before = self._unread
         stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule, before)
         if check and base is not None and loss_closure is not None:
-            proposal, numbers, known = stepper.checked(entries, base, loss_closure)
+            proposal, numbers, known = stepper.checked(entries, base, loss_closure, numbers)
             heard = known.pop("heard")
             if self._unread is not before:  # the loss closure had them counted, by saving or reading a report
                 heard[:2] = (0, 0)
             self._settle(heard, gate=proposal.gate)
         else:
-            proposal, numbers, known = stepper.plain(entries, base)
+            proposal, numbers, known = stepper.plain(entries, base, numbers)
             if "skipped" not in known:
                 self._unread = before.after(proposal)
         known["trials"] += trials
@@ -244,7 +246,7 @@ class SOAA(Optimizer):
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
 
-    def _settle(self, heard: Sequence[float] | None = None, *, gate: Tensor | None = None) -> None:
+    def _settle(self, heard: Sequence[float] | None = None, *, gate: Gate | None = None) -> None:
         """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
         settle(self.param_groups[0], self._unread.read() if heard is None else heard)
         self._unread = Unread(gate=self._unread.gate if gate is None else gate)

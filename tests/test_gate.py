@@ -13,14 +13,12 @@ from reference import Gate
 from test_host_syncs import CountReads
 
 from lightning_soaa import FixedRadius, PublishedRadius, RatioRadius
-from lightning_soaa.gate import SIZE, WARM_UP, fresh_gate, pass_gate
-
-CPU = torch.device("cpu")
+from lightning_soaa.gate import FRESH_GATE, SIZE, WARM_UP, pass_gate, pass_gate_on_host
 
 
 def decisions(norms, losses=None, *, known=None):
-    """Return which of a sequence of gradients are left out, and what the gate knows after it."""
-    known = fresh_gate(CPU, torch.float64) if known is None else known
+    """Return which of a sequence of gradients are left out and what the gate knows after it, the same in both forms."""
+    known = torch.tensor(FRESH_GATE, dtype=torch.float64) if known is None else known
     out = []
     for norm, loss in zip(norms, losses if losses is not None else [None] * len(norms), strict=True):
         square = torch.tensor(float(norm), dtype=torch.float64).square()
@@ -30,6 +28,10 @@ def decisions(norms, losses=None, *, known=None):
         outlier, after = pass_gate(known, square, loss, ok)
         assert torch.equal(known, before)
         assert after.shape == (SIZE,)
+        numbers = (tuple(known.tolist()), float(square), None if loss is None else float(loss), bool(ok))
+        outlier_on_host, after_on_host = pass_gate_on_host(*numbers)
+        assert outlier_on_host == bool(outlier)
+        np.testing.assert_allclose(after_on_host, after.numpy(), rtol=1e-12, atol=1e-12)
         known = after
         out.append(bool(outlier))
     return out, known
@@ -145,7 +147,7 @@ def test_endless_outliers_use_up_the_whole_right_to_leave_out_and_no_more():
 )
 @pytest.mark.parametrize("count", [0, 5, 50])
 def test_gradients_that_are_zero_or_not_finite_are_not_its_business(norm, loss, count):
-    _, known = decisions(*steady(count)) if count else ([], fresh_gate(CPU, torch.float64))
+    _, known = decisions(*steady(count)) if count else ([], torch.tensor(FRESH_GATE, dtype=torch.float64))
     out, after = decisions([norm] * 3, [loss] * 3, known=known)
     assert not any(out)
     assert torch.equal(after, known)
@@ -262,7 +264,7 @@ def test_a_gradient_of_the_usual_size_is_no_outlier(kind):
     assert not problem.optimizer.last_step.skipped
 
 
-def test_an_outlier_between_checks_costs_no_host_read(monkeypatch):
+def test_an_outlier_between_checks_costs_no_host_read(accelerator, monkeypatch):
     problem, reads = before_a("no check"), []
     for name in ("tolist", "item", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: reads.append(1))

@@ -33,7 +33,7 @@ LAYERS = {
     "optimizer": (
         {
             *("_checks", "report", "fisher", "radius", "ratio", "_state", "_loss", "_checkpoint", "_proposal"),
-            *("_gather", "_step", "_unread"),
+            *("_gather", "_step", "_unread", "gate"),
         },
         TORCH,
     ),

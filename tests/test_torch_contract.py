@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
+from lightning_soaa._bucket import CACHED
 
 # (name, keywords, rule): what torch calls optimizer inputs.
 INPUTS = [
@@ -833,27 +834,22 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in self.made.values())
 
 
+@pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(
-    ("rule", "foreach", "sets", "largest"),
-    [
-        # Directions, denominators and bounds; a for-loop keeps only directions and a few tensors of one parameter.
-        (FixedRadius(), True, 3, 0),
-        (FixedRadius(), False, 1, 3),
-        (PublishedRadius(9), True, 3, 1),
-        # A check keeps parameters and both moments to be put back.
-        (RatioRadius(), True, 6, 0),
-        (RatioRadius(), False, 4, 3),
-    ],
+    ("rule", "kept"),
+    [(FixedRadius(), 0), (PublishedRadius(9), 0), (RatioRadius(), 3)],
+    ids=["fixed", "published", "ratio"],
 )
-def test_peak_of_a_step_is_a_few_sets_of_parameters(rule, foreach, sets, largest):
-    params = [nn.Parameter(torch.ones(20_000)) for _ in range(8)]
+@pytest.mark.parametrize("count", [2, 8, 32])
+def test_peak_of_a_step_is_a_few_blocks_and_at_a_check_parameters_and_moments(rule, kept, foreach, count):
+    params = [nn.Parameter(torch.ones(150_000)) for _ in range(count)]
     optimizer = SOAA(params, radius=rule, foreach=foreach)
     drive(optimizer, lambda: squares(*params), 2)
     loss = squares(*params).item()
     with LiveBytes() as live:
         optimizer.step(lambda: loss, loss_closure=lambda: loss / 2)
-    one = 20_000 * 4
-    assert sets * 8 * one <= live.peak <= (sets * 8 + largest) * one + 2_000
+    sets, blocks = kept * count * 150_000 * 4, 3 * CACHED * 4
+    assert sets < live.peak <= sets + blocks + 5_000 + 100 * count
     assert live.live() < 200
 
 
