@@ -189,8 +189,11 @@ class Twins(RuleBasedStateMachine):
         assert head["total_trials"] == self.twin.trials
 
 
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
 @pytest.mark.parametrize("name", RULES)
-def test_any_order_of_actions_leaves_the_twins_equal(name):
+def test_any_order_of_actions_leaves_the_twins_equal(name, device, request):
+    if device == "accelerator":
+        request.getfixturevalue("accelerator")
     machine = type("Machine", (Twins,), {"name": name})
-    options = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, database=None)
+    options = settings(max_examples=20, stateful_step_count=25, deadline=None, derandomize=True, database=None)
     run_state_machine_as_test(machine, settings=options)
