@@ -22,6 +22,7 @@ from lightning_soaa._dist import is_sharded, local
 _PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
 _OWN = "_soaa"  # what names of the mixin's own attributes begin with
 CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})  # of these, to keep the reference is enough
 _TENSORS = frozenset({Tensor, nn.Parameter})
 
 
@@ -41,8 +42,8 @@ class Attributes:
     @classmethod
     def of(cls, module: nn.Module) -> "Attributes":
         """Return those of `module` as they are now: references, and shallow copies of containers."""
-        parts = [(part, attributes(part)) for part in module.modules()]
-        values = [value for _, kept in parts for value in kept.values()]
+        parts = [(part, {name: vars(part)[name] for name in _names(part)}) for part in module.modules()]
+        values = [value for _, kept in parts for value in kept.values() if type(value) not in _PLAIN]
         contents = [(value, copy(value)) for value in values if type(value) in CONTAINERS]
         return cls(parts, contents, [stream for value in values for stream in _stream(value)])
 
@@ -53,14 +54,14 @@ class Attributes:
         for put, state in self.streams:
             put(state)
         for part, kept in self.parts:
-            for name in attributes(part).keys() - kept.keys():
+            for name in _names(part) - kept.keys():
                 del vars(part)[name]
             vars(part).update(kept)
 
 
-def attributes(part: nn.Module) -> dict[str, Any]:
-    """Return the attributes of one module that a forward may write."""
-    return {name: value for name, value in vars(part).items() if name not in _PLUMBING and not name.startswith(_OWN)}
+def _names(part: nn.Module) -> set[str]:
+    """Return the names of the attributes of one module that a forward may write."""
+    return {name for name in vars(part).keys() - _PLUMBING if not name.startswith(_OWN)}
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -122,16 +123,24 @@ def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     metric = torchmetrics.Metric if torchmetrics is not None else ()
     always: dict[int, Tensor] = {}
     others: dict[int, Tensor] = {}
+    trained: dict[int, int] = {}
     for part in module.modules():
-        values = [value for value in attributes(part).values() if isinstance(value, Tensor)]
-        always |= {id(value): value for value in part._buffers.values() if value is not None and _writable(value)}
         kept = always if isinstance(part, metric) else others
-        kept |= {id(value): value for value in values if _writable(value)}
-        others |= {id(value): value for value in part._parameters.values() if value is not None and _writable(value)}
-    budget = sum(param.nbytes for param in module.parameters() if param.requires_grad and not is_lazy(param))
-    copied: list[Tensor] = list(always.values())
+        for value in vars(part).values():
+            if isinstance(value, Tensor):
+                kept[id(value)] = value
+        for value in part._buffers.values():
+            if value is not None:
+                always[id(value)] = value
+        for value in part._parameters.values():
+            if value is not None and value.requires_grad:
+                trained[id(value)] = 0 if is_lazy(value) else value.nbytes
+            elif value is not None:
+                others[id(value)] = value
+    budget = sum(trained.values())
+    copied: list[Tensor] = [value for value in always.values() if _writable(value)]
     large: list[Tensor] = []
-    found = [value for key, value in others.items() if key not in always and _plain(value)]
+    found = [value for key, value in others.items() if key not in always and _copyable(value) and _writable(value)]
     for tensor in sorted(found, key=lambda tensor: tensor.nbytes):
         budget -= tensor.nbytes
         (copied if budget >= 0 else large).append(tensor)
@@ -147,10 +156,11 @@ def _writable(tensor: Tensor) -> bool:
     return all(stride != 0 or size <= 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _plain(tensor: Tensor) -> bool:
+def _copyable(tensor: Tensor) -> bool:
     """Return whether a tensor has no gradients, and is of a kind whose copy is just a copy."""
-    strided = tensor.layout == torch.strided
-    return strided and not tensor.requires_grad and (type(tensor) in _TENSORS or is_sharded(tensor))
+    if tensor.layout != torch.strided:
+        return False
+    return not tensor.requires_grad and (type(tensor) in _TENSORS or is_sharded(tensor))
 
 
 class Marks:

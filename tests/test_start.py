@@ -241,6 +241,15 @@ def test_frozen_parameters_are_copied_up_to_the_memory_of_the_trained_ones():
     assert {id(buffer) for buffer in module.buffers()} <= {id(tensor) for tensor in copied}
 
 
+def test_a_trained_parameter_that_two_layers_share_counts_once():
+    tied = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    tied[1].weight = tied[0].weight
+    tied.append(nn.Linear(4, 4, bias=False).requires_grad_(False))
+    tied.append(nn.Linear(4, 4, bias=False).requires_grad_(False))
+    copied, large = edited_tensors(tied)
+    assert (len(copied), len(large)) == (1, 1)
+
+
 class Odd(Carrying):
     """Attributes that a copy could stumble over, and layers that take their shape from the first batch."""
 
