@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_soaa._dist import Shards
 
-# Entries worked on at a time: on a CPU three float32 temporaries of them fit its cache; elsewhere they take 400 MB.
-CACHED, BOUNDED = 2**16, 2**25
+# Entries worked on at a time: on a CPU three float32 temporaries of them fit its last cache (they take 3 MB); elsewhere
+# they take 400 MB.
+CACHED, BOUNDED = 2**18, 2**25
 # Tensors of no more entries are worked on together, where copies of them cost less than an operation on each.
 SMALL = 2**14
 

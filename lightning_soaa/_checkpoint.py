@@ -1,43 +1,96 @@
 """State dicts: what is refused before anything changes, and what loading has to put right."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._checks import check_nonnegative, refuse
-from lightning_soaa._state import LR_UNIT, RADIUS, RULE_NAME, STEP, as_real, state_dtype
+from lightning_soaa._checks import check_count, check_nonnegative, refuse
+from lightning_soaa._state import (
+    COUNTERS,
+    GATE,
+    LR_UNIT,
+    RADIUS,
+    RULE,
+    RULE_NAME,
+    STEP,
+    as_real,
+    check_options,
+    state_dtype,
+)
 from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.gate import SIZE
 from lightning_soaa.radius import AbstractRadius
 
 
 def check_loadable(
-    incoming: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], rule: AbstractRadius, fisher: AbstractFisher
+    incoming: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    rule: AbstractRadius,
+    fisher: AbstractFisher,
 ) -> None:
     """Refuse a state dict that is not SOAA's, is of another radius rule, or does not fit the parameters of `groups`.
 
-    How many groups and parameters there are is left to torch to check.
+    How many groups and parameters there are is left to torch to check. Options that a group lacks are `defaults`.
 
     Raises:
+        TypeError: a part of it has the wrong type; nothing has been changed.
         ValueError: as said; nothing has been changed.
     """
     if not {"state", "param_groups"} <= incoming.keys():
         refuse("SOAA", "state_dict", "one with `state` and `param_groups`", sorted(incoming))
     saved = incoming["param_groups"]
+    check_dict("state_dict['state']", incoming["state"])
+    if not isinstance(saved, list | tuple):
+        refuse("SOAA", "state_dict['param_groups']", "a list of dicts", type(saved).__name__, TypeError)
+    for index, group in enumerate(saved):
+        check_dict(f"state_dict['param_groups'][{index}]", group)
     head: Mapping[str, Any] = saved[0] if saved else {}
     if RADIUS not in head:
         refuse("SOAA", "state_dict", f"SOAA's own, with `{RADIUS}` in its first group", sorted(head))
     for index, group in enumerate(saved):
         if not {"lr", "params"} <= group.keys():
             refuse("SOAA", f"state_dict['param_groups'][{index}]", "a group with `lr` and `params`", sorted(group))
+        check_options({**defaults, **group})
     name = head.get(RULE_NAME, type(rule).__name__)
     if name != type(rule).__name__:
         refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
-    for name in (RADIUS, LR_UNIT):
-        check_nonnegative("SOAA", f"state_dict['param_groups'][0]['{name}']", head.get(name, 0.0))
+    _check_head("state_dict['param_groups'][0]", head)
     for index, param in _pairs(saved, groups):
-        _check_entry(index, incoming["state"].get(index), param, fisher)
+        _check_entry(index, incoming["state"], param, fisher)
+
+
+def check_dict(name: str, value: object) -> None:
+    """Refuse what is no dict.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not isinstance(value, Mapping):
+        refuse("SOAA", name, "a dict", type(value).__name__, TypeError)
+
+
+def _check_head(who: str, head: Mapping[str, Any]) -> None:
+    """Refuse numbers of the first group that no step leaves there; those that it lacks are not missed.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a number is out of range.
+    """
+    for name in (RADIUS, LR_UNIT):
+        check_nonnegative("SOAA", f"{who}['{name}']", head.get(name, 0.0))
+    for name, fresh in COUNTERS.items():
+        if isinstance(fresh, int):
+            check_count("SOAA", f"{who}['{name}']", head.get(name, fresh), 0)
+    for name, value in head.items():
+        if name.startswith(RULE) and (isinstance(value, bool) or not isinstance(value, Real)):
+            refuse("SOAA", f"{who}['{name}']", "a real number", value, TypeError)
+    gate = head.get(GATE, ())
+    if not isinstance(gate, list | tuple) or len(gate) not in (0, SIZE):
+        refuse("SOAA", f"{who}['{GATE}']", f"empty or of {SIZE} numbers", gate)
 
 
 def restore_precision(
@@ -60,20 +113,27 @@ def _pairs(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
         yield from zip(theirs["params"], mine["params"], strict=False)
 
 
-def _check_entry(index: Any, entry: Mapping[str, Any] | None, param: Tensor, fisher: AbstractFisher) -> None:
+def _check_entry(index: Any, state: Mapping[Any, Any], param: Tensor, fisher: AbstractFisher) -> None:
     """Refuse the state of one parameter if it is not what a step of SOAA leaves there. No state at all is fine.
 
     Raises:
+        TypeError: it is no dict, or its age is no number.
         ValueError: as said; the text names the parameter.
     """
+    if index not in state:
+        return
+    who, entry = f"state_dict['state'][{index!r}]", state[index]
+    check_dict(who, entry)
     if not entry:
         return
     wanted = fisher.init(torch.empty(as_real(param).shape, device="meta"), state_dtype(param.dtype))
-    who = f"state_dict['state'][{index!r}]"
-    missing = sorted({STEP, *wanted} - entry.keys())
-    if missing:
-        refuse("SOAA", who, f"one with {', '.join(f'`{key}`' for key in sorted({STEP, *wanted}))}", sorted(entry))
+    names = {STEP, *wanted}
+    if names != entry.keys():
+        refuse("SOAA", who, f"one with {', '.join(f'`{key}`' for key in sorted(names))}", sorted(entry))
+    check_count("SOAA", f"{who}['{STEP}']", entry[STEP], 0)
     for key, like in wanted.items():
         shape = tuple(getattr(entry[key], "shape", ()))
         if shape != tuple(like.shape) or not isinstance(entry[key], Tensor):
             refuse("SOAA", f"{who}[{key!r}]", f"a tensor of shape {tuple(like.shape)}", shape)
+        if not entry[key].is_floating_point():
+            refuse("SOAA", f"{who}[{key!r}]", "a tensor of floating-point numbers", entry[key].dtype)

@@ -143,13 +143,11 @@ def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> 
         keep_above(direction, direction * grad, 0.0, grad_input=direction)
 
 
-def box(
-    bucket: Bucket, moments: list[Tensor], scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit
-) -> list[Tensor]:
-    """Return :func:`box_direction` of `moments` and the bucket's second moments, in the bucket's form."""
+def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit) -> list[Tensor]:
+    """Return :func:`box_direction` of the bucket's moments, in its form."""
     form = box_direction_foreach if bucket.many else box_direction
     return form(
-        moments,
+        bucket.state[MOMENT],
         bucket.state[SQUARE],
         scale,
         ok,
@@ -259,7 +257,7 @@ class DiagonalFisher(AbstractFisher):
         cautious: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
-        directions = box(bucket, bucket.state[MOMENT], scale, ok, radius, unit)
+        directions = box(bucket, scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, bucket.grads)
         return directions

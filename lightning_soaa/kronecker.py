@@ -6,11 +6,11 @@ orthonormal basis of eigenvectors; the second moment is that of the gradient in 
 .. code-block:: text
 
     L <- bf L + (1-bf) G G'              R <- bf R + (1-bf) G' G           L = P diag P',  R = Q diag Q'
-    m <- b1 m + (1-b1) G                 v <- b2 v + (1-b2) (P' G Q)^2     step 1
-    u = P box(P' m Q, v) Q'                                                steps 2 to 5 in the bases, and back
+    m <- b1 m + (1-b1) P' G Q            v <- b2 v + (1-b2) (P' G Q)^2     step 1
+    u = P box(m, v) Q'                                                     steps 2 to 5 in the bases, and back
 
-The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. The first moment stays in the
-coordinates of the parameters, so that it need not be turned when a basis is.
+The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, the first moment is
+turned with it, and the second takes the order of the new columns.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -182,7 +182,7 @@ class KroneckerFisher(AbstractFisher):
             clean = grad if ok is None else torch.where(ok, grad, 0.0)
             self._turn(state, clean, ok, first=bucket.step == 1, due=(bucket.step + index) % self.refresh_every == 0)
             rotated = rotate(clean, state[LEFT_BASIS], state[RIGHT_BASIS])
-            state[MOMENT].lerp_(grad if ok is None else torch.where(ok, grad, state[MOMENT]), 1 - bucket.beta1)
+            state[MOMENT].lerp_(rotated if ok is None else torch.where(ok, rotated, state[MOMENT]), 1 - bucket.beta1)
             state[SQUARE].mul_(decay).addcmul_(rotated, rotated, value=1 - bucket.beta2)
             bucket.rotated.append(rotated)
 
@@ -200,7 +200,10 @@ class KroneckerFisher(AbstractFisher):
                 state[basis].copy_(new if ok is None else torch.where(ok, new, state[basis]))
             elif due:
                 turned, order = refreshed(state[factor], state[basis])
+                change = turned.T @ state[basis]
                 state[basis].copy_(turned)
+                moment = state[MOMENT].reshape(matrix.shape)
+                state[MOMENT].copy_((change @ moment if side == 0 else moment @ change.T).reshape(clean.shape))
                 square = state[SQUARE].reshape(matrix.shape)
                 state[SQUARE].copy_(square.index_select(side, order).reshape(clean.shape))
 
@@ -224,21 +227,19 @@ class KroneckerFisher(AbstractFisher):
         cautious: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`; found in the bases, turned back."""
-        bases = self._bases(bucket)
-        moments = [rotate(m, *pair) for m, pair in zip(bucket.state[MOMENT], bases, strict=True)]
-        directions = box(bucket, moments, scale, ok, radius, unit)
+        directions = box(bucket, scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, bucket.rotated)
-        for index, pair in enumerate(bases):
+        for index, pair in enumerate(self._bases(bucket)):
             if any(basis.numel() for basis in pair):
                 bounded = directions[index].clamp_(-radius, radius) if bucket.step > 1 else directions[index].zero_()
                 directions[index] = rotate_back(bounded, *pair)
         return directions
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
-        """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket, 0-d, the second sum in the bases."""
-        linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
+        """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket in the bases, 0-d."""
         rotated = [rotate(u, *pair) for u, pair in zip(directions, self._bases(bucket), strict=True)]
+        linear = dots(bucket.state[MOMENT], rotated) / bucket.correction1
         return linear - dots(bucket.state[SQUARE], [u * u for u in rotated]) / bucket.correction2 / 2
 
     def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:

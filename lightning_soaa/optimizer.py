@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_soaa import _state as keys
-from lightning_soaa._checkpoint import check_loadable, restore_precision
+from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
 from lightning_soaa._checks import refuse
 from lightning_soaa._gather import Entry, ensure_state, find_gradients, only_zeros
 from lightning_soaa._loss import scalar_loss
@@ -128,6 +128,7 @@ class SOAA(Optimizer):
         """Return what the last step did, None before the first.
 
         The statistics are computed when first read, which waits for the device once and takes a pass over the state.
+        Where parameters are sharded, read it on all ranks or on none: it sums over them.
         """
         if self._pending is not None:
             (proposal, known), head = self._pending, self.param_groups[0]
@@ -281,13 +282,15 @@ class SOAA(Optimizer):
         """Load what :meth:`state_dict` returned; float32 moments stay float32 whatever the parameters are.
 
         Raises:
+            TypeError: it or a part of it has the wrong type; the optimizer is as before.
             ValueError: it is not SOAA's, belongs to another radius rule, or groups, parameters and moments do not
                 match; the optimizer is as before.
         """
+        check_dict("state_dict", state_dict)
         incoming: dict[str, Any] = {}
 
         def take(_: Optimizer, final: dict[str, Any]) -> None:
-            check_loadable(final, self.param_groups, self.radius_rule, self.fisher_rule)
+            check_loadable(final, self.param_groups, self.defaults, self.radius_rule, self.fisher_rule)
             incoming.update(final)
 
         handle = self.register_load_state_dict_pre_hook(take)
