@@ -4,6 +4,7 @@ Nothing here runs inside of `training_step`, so that a module compiled as a whol
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,11 @@ from lightning_soaa._closures import (
     Window,
     closure_loss,
     soaa_of,
+    start_of,
     trial_loss,
     warn_of_edits,
 )
-from lightning_soaa.trial import capture_random, own_containers, versions
+from lightning_soaa.trial import Start, own_containers, versions
 
 
 def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
@@ -36,8 +38,10 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
         arguments = _compat.step_arguments(trainer, batch, batch_idx)
         if not module._soaa_batch_seen:
             module._soaa_batch_versions = versions(arguments)
-        replay = Replay(module.training_step, own_containers(arguments), capture_random(module.device))
-        module._soaa_window.replays.append(replay)
+        # A batch that is stepped on starts inside of the user's `optimizer_step`, which may draw random numbers.
+        stepped_on = not _compat.accumulating(trainer)
+        start = Start(module, replayed=False) if stepped_on else start_of(module, module._soaa_window)
+        module._soaa_window.replays.append(Replay(module.training_step, own_containers(arguments), start))
 
 
 def end_batch(module: Any, outputs: Any) -> None:
@@ -64,7 +68,8 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
 
     def whole() -> Tensor | None:
         if window.replays:
-            window.replays[-1].state = capture_random(module.device)  # the user's `optimizer_step` may have drawn
+            newest = window.replays.pop()
+            window.replays.append(replace(newest, start=start_of(module, window)))
         loss = closure()
         _enter(module, window, loss)
         return closure_loss(module, window, loss)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _compat
+from lightning_soaa._state import UNCHECKED_STEPS, numbers_of
 from lightning_soaa.optimizer import SOAA
-from lightning_soaa.trial import RandomState, capture_random, own_containers, set_random, trial, versions
+from lightning_soaa.trial import Start, own_containers, trial, versions
 
 # Who runs the batch. Lightning reads `automatic_optimization` as False in the second and third phase only.
 AROUND, HANDED_OVER, INSIDE = "around", "handed over", "inside"
@@ -25,12 +26,12 @@ class Replay:
     Args:
         step: the user's `training_step`.
         arguments: what it was called with.
-        state: the random streams before the real forward.
+        start: what the real forward started from.
     """
 
     step: Callable[..., Any]
     arguments: tuple[Any, ...]
-    state: RandomState
+    start: Start
 
 
 @dataclass
@@ -59,6 +60,17 @@ def soaa_of(trainer: Any) -> SOAA:
             "where it was set, or leave `configure_optimizers` to the mixin"
         )
     return optimizer
+
+
+def check_due(optimizer: SOAA) -> bool:
+    """Return whether the optimizer's next step is a check."""
+    rule, head = optimizer.radius_rule, optimizer.param_groups[0]
+    return rule.needs_trial and rule.check_due(numbers_of(head), head[UNCHECKED_STEPS])
+
+
+def start_of(module: Any, window: Window) -> Start:
+    """Return what the next micro-batch of a window starts from."""
+    return Start(module, replayed=check_due(soaa_of(module.trainer)), contents=not window.replays)
 
 
 def run_batch(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -133,10 +145,17 @@ def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], 
     if window is None:
         with _compat.training_step_context(module):
             return _compat.result_of(trainer, _compat.forward(trainer, module, "_soaa_step", step, *arguments))
-    kept = Replay(step, own_containers(arguments), capture_random(module.device))
-    before = None if module._soaa_batch_seen else versions(arguments)
+    started: list[Start] = []
+
+    def start_and_step(*given: Any) -> Any:
+        """Keep the start where DistributedDataParallel has given this process the buffers of the first."""
+        started.append(start_of(module, window))
+        return step(*given)
+
+    own, before = own_containers(arguments), None if module._soaa_batch_seen else versions(arguments)
     with _compat.training_step_context(module):
-        result = _compat.result_of(trainer, _compat.forward(trainer, module, "_soaa_step", step, *arguments))
+        result = _compat.result_of(trainer, _compat.forward(trainer, module, "_soaa_step", start_and_step, *arguments))
+    kept = Replay(step, own, started[0])
     if before is not None:
         warn_of_edits(trainer, before, kept.arguments)
     module._soaa_batch_seen = True
@@ -174,9 +193,10 @@ def trial_loss(module: Any, window: Window) -> Tensor:
     A `training_step` that returns None here, where it returned a loss before, has met a bad point: the loss is nan.
     """
     total: Tensor | None = None
-    with trial(module, module.trainer), inside(module):
+    start = window.replays[0].start if window.replays else None
+    with trial(module, module.trainer, start), inside(module):
         for replay in window.replays:
-            set_random(replay.state, module.device)
+            replay.start.rewind()
             with _compat.training_step_context(module):
                 output = replay.step(*own_containers(replay.arguments))
                 loss = _compat.result_of(module.trainer, output).loss

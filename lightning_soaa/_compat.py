@@ -165,6 +165,22 @@ def tensor_parallel_size(trainer: Any) -> int:
     return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
 
 
+def batches_of_ranks(trainer: Any) -> list[float]:
+    """Return how many batches each process has in this epoch, infinite where a loader does not know its length.
+
+    All processes must ask.
+    """
+    counts = torch.zeros(trainer.world_size, device=trainer.strategy.root_device)
+    counts[trainer.global_rank] = float(trainer.num_training_batches)
+    summed: list[float] = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    return summed
+
+
+def joins(trainer: Any) -> bool:
+    """Return whether torch's Join stands in for processes that have run out of batches."""
+    return bool(getattr(getattr(trainer.strategy.model, "_join_config", None), "enable", False))
+
+
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:
     """Let the strategy call `module` itself, not what it is wrapped in, and return what undoes that."""
     strategy = trainer.strategy

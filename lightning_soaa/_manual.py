@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_soaa._checks import refuse
+from lightning_soaa._closures import check_due
 from lightning_soaa.optimizer import SOAA
-from lightning_soaa.trial import RandomState, capture_random, set_random, trial
+from lightning_soaa.trial import Start, trial
 
 
 def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Tensor:
@@ -16,12 +17,12 @@ def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Ten
     soaa: SOAA = wrapped.optimizer
     with_trials = soaa.radius_rule.needs_trial
     losses: list[Tensor] = []
-    start: list[RandomState] = []
+    start: list[Start] = []
 
     def closure() -> Tensor:
         wrapped.zero_grad()
         if with_trials:
-            start.append(capture_random(module.device))
+            start.append(Start(module, replayed=check_due(soaa)))
         loss = loss_fn()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -31,8 +32,8 @@ def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Ten
         return losses[0]
 
     def trial_loss() -> Tensor:
-        with trial(module, module.trainer):
-            set_random(start[0], module.device)
+        with trial(module, module.trainer, start[0]):
+            start[0].rewind()
             return loss_fn()
 
     if with_trials:

@@ -59,6 +59,12 @@ def counts_of(optimizer: Monitored) -> Counts:
     return {name: int(optimizer.param_groups[0][name]) for name in COUNTERS}
 
 
+def radius_of(optimizer: Monitored) -> float:
+    """Return the radius, nan before the first step. A report has it, too, but not where a run goes on."""
+    head = optimizer.param_groups[0]
+    return float(head["radius"]) if head.get("steps", 1) else nan
+
+
 def trials_of(optimizers: Mapping[str, Monitored]) -> int:
     """Return how many trials there have been, or checks where trials are not counted: plain ints, no wait."""
     return sum(

@@ -105,6 +105,42 @@ def refuse_tensor_parallel(trainer: Any) -> None:
         refuse("ModelParallelStrategy(tensor_parallel_size=...)", "1", str(size), remedy)
 
 
+def refuse_uneven(trainer: Any) -> None:
+    """Refuse processes that have different numbers of batches, as far as their loaders know. All must ask.
+
+    Raises:
+        ValueError: as said, on all of them.
+    """
+    if trainer.world_size == 1:
+        return
+    counts = _compat.batches_of_ranks(trainer)
+    least, most = min(counts), max(counts)
+    if least != most:
+        refuse(
+            "train_dataloader",
+            "one that gives each process as many batches",
+            f"{most:g} in process {counts.index(most)} and {least:g} in process {counts.index(least)}",
+            "those that go on would wait for the one that has ended: leave use_distributed_sampler=True, which evens "
+            f"them out, or set Trainer(limit_train_batches={least:g})",
+        )
+
+
+def refuse_join(trainer: Any) -> None:
+    """Refuse torch's Join, whose stand-in for a process without batches takes no part in the radius.
+
+    Raises:
+        ValueError: as said.
+    """
+    if _compat.joins(trainer):
+        refuse(
+            "torch.distributed.algorithms.Join",
+            "left out",
+            "a model inside of one",
+            "a process that has run out of batches has no loss to decide by: give each process as many batches, as "
+            "Trainer(use_distributed_sampler=True) does",
+        )
+
+
 def make_soaa(module: Any, params: Any) -> SOAA:
     """Return what `configure_soaa` makes of `params`.
 
@@ -131,7 +167,7 @@ def with_soaa(module: Any, config: Any) -> Any:
             "configure_optimizers",
             "one that returns one optimizer, or left out",
             f"{len(found)} optimizers",
-            "to step several, set automatic_optimization = False and write the steps in training_step",
+            "to step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
         )
     old = getattr(found[0], "optimizer", found[0])  # LightningOptimizer wraps
     if isinstance(old, SOAA):
@@ -145,6 +181,18 @@ def with_soaa(module: Any, config: Any) -> Any:
         text = f"SOAAMixin: {type(old).__name__} of `configure_optimizers` is replaced by SOAA"
         _compat.info(module._trainer, f"{text}; parameter groups and learning-rate schedulers are kept.")
     return _replaced(config, found[0], new)
+
+
+def warn_of_no_soaa(config: Any, trainer: Any) -> None:
+    """Warn where a module that runs its own loop has no SOAA to step: the mixin is nothing there."""
+    found = [type(optimizer).__name__ for optimizer in optimizers_in(config) if not isinstance(optimizer, SOAA)]
+    if found and len(found) == len(optimizers_in(config)):
+        _compat.warn(
+            trainer,
+            f"SOAAMixin: `configure_optimizers` returns no SOAA, got {', '.join(found)}; in a module that sets "
+            "automatic_optimization = False the mixin replaces none: return SOAA(...) in their place, and step them by "
+            "self.soaa_step(optimizer, loss_fn), or leave the mixin out.",
+        )
 
 
 def optimizers_in(config: Any) -> list[Any]:

@@ -13,8 +13,11 @@ from lightning_soaa._closures import AROUND, HANDED_OVER, Window, inside, run_ba
 from lightning_soaa._setup import (
     make_soaa,
     refuse_foreign_state,
+    refuse_join,
     refuse_tensor_parallel,
+    refuse_uneven,
     refuse_unsupported,
+    warn_of_no_soaa,
     with_monitor,
     with_soaa,
 )
@@ -54,12 +57,15 @@ class SOAAMixin(_Base):
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
         ValueError: at the start of a fit, for what it does not carry: strategies other than DDP and FSDP2, precision
             plugins it does not know, several optimizers, ``torch.compile`` of the whole module where
-            ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. The
+            ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's run. At
+            the start of an epoch, for processes with different numbers of batches, and at a batch for torch's Join. The
             text names flag and remedy.
 
-    Does not undo, after a trial, what `training_step` does outside of the module, nor parameters that it moves itself,
-    such as a teacher's. A trial starts from the attributes that the batch left, such as a hidden state that is carried
-    on. For both see :attr:`in_trial`.
+    A trial starts from what the batch started from: random streams, buffers, attributes such as a hidden state that is
+    carried on, frozen parameters such as a teacher's that `training_step` moves. What the batch left is there again
+    afterwards. Does not undo what `training_step` does outside of the module, nor in what an attribute only leads to,
+    such as a list inside of a dict; nor, where frozen parameters outweigh the trained ones, edits of the largest by
+    ``.data``. For these see :attr:`in_trial`.
     """
 
     # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.
@@ -129,9 +135,10 @@ class SOAAMixin(_Base):
 
         Raises:
             TypeError: `optimizer` is no SOAA, or `loss_fn` is not callable or returns no tensor of one element.
-            ValueError: the module does not set ``automatic_optimization = False``, or `optimizer` is not one of those
-                that `configure_optimizers` returned.
+            ValueError: the module does not set ``automatic_optimization = False``, `optimizer` is not one of those that
+                `configure_optimizers` returned, or the model is inside of torch's Join.
         """
+        refuse_join(self.trainer)
         return _manual.soaa_step(self, optimizer, loss_fn)
 
     def _soaa_step(self, step: Callable[..., Any], *arguments: Any) -> Any:
@@ -222,7 +229,12 @@ def _adopt_configure_optimizers(module: SOAAMixin) -> None:
 
 
 def _configure_optimizers(module: SOAAMixin, inner: Act) -> Any:
-    """Return the user's configuration with SOAA in it, or SOAA alone."""
+    """Return the user's configuration with SOAA in it, or SOAA alone; as it is where the module runs its own loop."""
+    if module._soaa_choice is False:
+        config = inner()
+        if module._trainer is not None:
+            warn_of_no_soaa(config, module._trainer)
+        return config
     refuse_tensor_parallel(module._trainer)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
@@ -236,11 +248,18 @@ def _on_load_checkpoint(module: SOAAMixin, inner: Act, checkpoint: dict[str, Any
     return inner(checkpoint)
 
 
+def _on_train_epoch_start(module: SOAAMixin, inner: Act) -> Any:
+    """Refuse processes that would wait for each other at the end of the epoch."""
+    refuse_uneven(module.trainer)
+    return inner()
+
+
 def _on_train_batch_start(module: SOAAMixin, inner: Act, batch: Any, batch_idx: int) -> Any:
     """Hand the batch over, unless the user's hook ends the epoch: the last hook before the loop looks at the flag."""
     response = inner(batch, batch_idx)
     if response == -1:
         return response
+    refuse_join(module.trainer)
     if module._soaa_choice:
         _automatic.begin_batch(module, batch, batch_idx)
     else:
@@ -275,6 +294,7 @@ _ACTS: dict[str, Act] = {
     "configure_callbacks": _configure_callbacks,
     "configure_optimizers": _configure_optimizers,
     "on_load_checkpoint": _on_load_checkpoint,
+    "on_train_epoch_start": _on_train_epoch_start,
     "on_train_batch_start": _on_train_batch_start,
     "training_step": _training_step,
     "optimizer_step": _optimizer_step,
@@ -283,8 +303,9 @@ _ACTS: dict[str, Act] = {
 # What `automatic_optimization` was set to where a hook is the user's own, as if there were no mixin.
 _LEFT_ALONE: dict[str, tuple[bool | None, ...]] = {
     "configure_callbacks": (False,),
-    "configure_optimizers": (False,),
+    "configure_optimizers": (),
     "on_load_checkpoint": (False,),
+    "on_train_epoch_start": (),
     "on_train_batch_start": (False,),
     "training_step": (False, True),
     "optimizer_step": (False, None),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from math import inf, nan
+from math import inf
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lightning_soaa._rows import (
     find_optimizers,
     group_names,
     group_values,
+    radius_of,
     report_values,
     run_row,
     trials_of,
@@ -183,7 +184,8 @@ class TrustRegionMonitor(Callback):
         stepped = row_due and not accumulating(trainer)
         values: dict[str, float] = {}
         for suffix, optimizer in found.items():
-            report, radius = optimizer.last_step if stepped else None, optimizer.param_groups[0]["radius"]
+            report, radius = optimizer.last_step if stepped else None, radius_of(optimizer)
+            # Where there is no radius yet it is nan, which is neither smaller nor larger.
             self._range[suffix] = (min(self._range[suffix][0], radius), max(self._range[suffix][1], radius))
             if row_due:
                 values |= self._row(suffix, optimizer, report)
@@ -204,8 +206,7 @@ class TrustRegionMonitor(Callback):
         for suffix, optimizer in find_optimizers(trainer.optimizers).items():
             report = optimizer.last_step  # brings what the host has not read yet into the counters
             figures = self._epoch_so_far(suffix, optimizer)
-            radius = nan if report is None else report.radius
-            rows.append(EpochRow(name=f"trust_region{suffix}", radius=radius, **figures))
+            rows.append(EpochRow(name=f"trust_region{suffix}", radius=radius_of(optimizer), **figures))
             self._advise(trainer, suffix, optimizer, report)
         if trainer.is_global_zero and getattr(bar, "is_enabled", True):  # a bar of the user's own may not say
             bar.print(render(epoch_lines(trainer.current_epoch, rows)))

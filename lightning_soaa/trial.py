@@ -6,8 +6,7 @@ Each guard is a context manager that puts one kind of thing back, also when the 
 
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -18,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soaa._dist import reshard
+from lightning_soaa._holdings import CONTAINERS, Attributes, Contents, Marks, edited_tensors
 
-# Attributes that every torch module has and no forward writes, so that they need not be looked at.
-_PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
 _PLAIN = (str, int, float, Path)
-_CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class RandomState:
         python: state of the module ``random``.
         numpy: state of numpy's global generator, None if numpy is not imported.
 
-    Does not hold generators that a module owns itself.
+    Generators that a module owns itself are among its attributes.
     """
 
     cpu: Tensor
@@ -81,71 +78,28 @@ def preserved_random(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_tensors(module: nn.Module) -> Iterator[None]:
-    """Put back the contents of all buffers and of the tensors that torchmetrics' metrics keep, in place.
+def preserved_tensors(module: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Put back the contents of tensors that a forward may edit: see :func:`~lightning_soaa._holdings.edited_tensors`.
 
-    Contents are copied, since native batch normalisation leaves no trace in a tensor's version counter.
+    Args:
+        module: whose tensors.
+        also: those of the larger ones that are known to be edited.
     """
-    kept = [(tensor, tensor.clone()) for tensor in _mutable_tensors(module)]
+    kept = Contents([*edited_tensors(module)[0], *also])
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, content in kept:
-                tensor.copy_(content)
-
-
-def _mutable_tensors(module: nn.Module) -> list[Tensor]:
-    """Return buffers and metric states, each once, without expanded ones: those cannot be written in place."""
-    torchmetrics = sys.modules.get("torchmetrics")
-    found: dict[int, Tensor] = {}
-    for part in module.modules():
-        values = list(part._buffers.values())
-        if torchmetrics is not None and isinstance(part, torchmetrics.Metric):
-            values += list(vars(part).values())
-        found |= {id(value): value for value in values if isinstance(value, Tensor) and not _overlaps(value)}
-    return list(found.values())
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Return whether several entries of an expanded tensor share memory."""
-    if tensor.layout != torch.strided:
-        return False
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        kept.put_back()
 
 
 @contextmanager
 def preserved_attributes(module: nn.Module) -> Iterator[None]:
-    """Put back what attributes of `module` and its parts refer to, and what lists, dicts, sets and deques hold.
-
-    That covers counters, lists of outputs, buffers replaced by new tensors, and the bookkeeping of torchmetrics.
-    It goes one level deep: a list inside a dict, or a tensor that is no buffer and is edited in place, stays edited.
-    """
-    kept = [(part, _attributes(part)) for part in module.modules()]
-    contents = [(value, copy(value)) for _, values in kept for value in values.values() if type(value) in _CONTAINERS]
+    """Put back what attributes of `module` and its parts refer to, and what lists, dicts, sets and deques hold."""
+    kept = Attributes.of(module)
     try:
         yield
     finally:
-        for value, content in contents:
-            _refill(value, content)
-        for part, values in kept:
-            for name in _attributes(part).keys() - values.keys():
-                del vars(part)[name]
-            vars(part).update(values)
-
-
-def _attributes(part: nn.Module) -> dict[str, Any]:
-    """Return the attributes of one module that a forward may write."""
-    return {name: value for name, value in vars(part).items() if name not in _PLUMBING}
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Give `container` the elements of `content`, its shallow copy (modified in place)."""
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
+        kept.put_back()
 
 
 class Silence:
@@ -212,20 +166,56 @@ def resharded(module: nn.Module) -> Iterator[None]:
         reshard(module)
 
 
+class Start:
+    """What a forward of `module` is about to start from, so that a replay can start from it, too.
+
+    Args:
+        module: the LightningModule.
+        replayed: whether a replay is to be expected. Without it, only the random streams are kept.
+        contents: whether the contents of tensors are kept as well, which takes a copy of them. Of several micro-batches
+            that are replayed in a row, those that follow the first find what the replay before has left.
+    """
+
+    def __init__(self, module: Any, *, replayed: bool, contents: bool = True) -> None:
+        copied, large = edited_tensors(module) if replayed and contents else ([], [])
+        self._attributes = Attributes.of(module) if replayed else None
+        self._contents, self._marks = Contents(copied), Marks(large)
+        self._random, self._device = capture_random(module.device), module.device
+
+    def rewind(self) -> None:
+        """Have the module start from here again."""
+        if self._attributes is not None:
+            self._attributes.put_back()
+        self._contents.put_back()
+        set_random(self._random, self._device)
+
+    def edited(self) -> list[Tensor]:
+        """Return tensors too large to be copied always that have been edited since."""
+        return self._marks.changed()
+
+
 @contextmanager
-def trial(module: Any, trainer: Any) -> Iterator[None]:
-    """Evaluate `module` without gradients and without a trace: streams, buffers, metrics, attributes, logs.
+def trial(module: Any, trainer: Any, start: Start | None = None) -> Iterator[None]:
+    """Evaluate `module` without gradients and without a trace: streams, tensors, metrics, attributes, logs.
 
-    The module stays in train mode. To replay a forward, the body sets the streams with :func:`set_random`.
+    The module stays in train mode. To replay a forward, the body calls :meth:`Start.rewind`; what the forward left is
+    there again afterwards.
 
-    Does not undo in-place edits of the batch, files written, or changes to objects outside of the module.
+    Args:
+        module: the LightningModule.
+        trainer: its trainer.
+        start: what the first forward of the step started from.
+
+    Does not undo in-place edits of the batch, files written, changes to objects outside of the module, nor edits of
+    what an attribute only leads to, such as a list inside of a dict. Nor, where frozen parameters outweigh the trained
+    ones, edits of the largest by ``.data``.
     """
     with (
         torch.no_grad(),
         resharded(module),
         preserved_random(module.device),
         preserved_attributes(module),
-        preserved_tensors(module),
+        preserved_tensors(module, () if start is None else start.edited()),
         silenced(module, trainer),
     ):
         yield
@@ -233,7 +223,7 @@ def trial(module: Any, trainer: Any) -> Iterator[None]:
 
 def own_containers(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return `arguments` with lists and dicts copied one level deep, so that a pop in a forward does not reach them."""
-    return tuple(copy(argument) if type(argument) in _CONTAINERS else argument for argument in arguments)
+    return tuple(copy(argument) if type(argument) in CONTAINERS else argument for argument in arguments)
 
 
 def versions(batch: Any) -> list[int]:

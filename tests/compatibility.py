@@ -15,6 +15,10 @@ runs its own loop and calls `soaa_step`; to that Lightning's rules of manual opt
 buffers, moments, logged rows, hooks and their order, schedulers, checkpoints, what callbacks decide, random streams. It
 stays so when every step is checked and accepted: a trial leaves no trace. **refused**: an error at the start of `fit`
 that names the flag and the remedy. One process on the CPU.
+
+With several processes, the same holds under DDP (`tests/test_ddp.py`), under FSDP2 (`tests/test_fsdp.py`, on a mesh of
+two dimensions `tests/test_hsdp.py`) and for modules with a loop of their own (`tests/test_manual_ddp.py`). Different
+numbers of batches, and `Join`, are refused (`tests/test_uneven.py`).
 """
 
 

@@ -157,6 +157,83 @@ class Automatic(Mixed):
     automatic_optimization = True
 
 
+class OwnLoop(Mixed):
+    """The same, in a loop of its own."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self.soaa_step(self.optimizers(), lambda: super(OwnLoop, self).training_step(batch, batch_idx))}
+
+
+class Adversaries(LightningModule):
+    """A generator and a discriminator with batch normalisation and dropout, stepped by hand in the usual way.
+
+    `rules` are those of the discriminator's and the generator's SOAA; `toggle` freezes the other's parameters.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, rules=(FixedRadius(), FixedRadius()), toggle=False, clip=None, lr=0.02):  # noqa: B008  (frozen)
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(8, 1)
+        self.rules, self.toggle, self.clip, self.lr, self.seen = rules, toggle, clip, lr, []
+
+    def score(self, inputs, label):
+        logits = self.head(self.discriminator(inputs))
+        return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+    def fake(self, batch):
+        return self.generator(torch.randn(len(batch[0]), 3))
+
+    def discriminator_loss(self, batch):
+        loss = self.score(batch[0], 1.0) + self.score(self.fake(batch).detach(), 0.0)
+        self.log("discriminator", loss)
+        return loss
+
+    def generator_loss(self, batch):
+        loss = self.score(self.fake(batch), 1.0)
+        self.log("generator", loss)
+        return loss
+
+    def step(self, optimizer, loss_fn):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss in zip(self.optimizers(), (self.discriminator_loss, self.generator_loss), strict=True):
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            self.seen.append(self.step(optimizer, lambda: loss(batch)).detach())  # noqa: B023
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+        self.seen.append(self.global_step)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.clip is not None:
+            self.clip_gradients(optimizer, self.clip, "norm")
+        self.log(f"gradient of {len(optimizer.param_groups[0]['params'])}", next(
+            p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None
+        ).norm())  # fmt: skip
+
+    def configure_optimizers(self):
+        parts = ([*self.discriminator.parameters(), *self.head.parameters()], list(self.generator.parameters()))
+        found = [SOAA(part, lr=self.lr, radius=rule) for part, rule in zip(parts, self.rules, strict=True)]
+        return found, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in found]
+
+
+class ProtectedAdversaries(SOAAMixin, Adversaries):
+    def step(self, optimizer, loss_fn):
+        return self.soaa_step(optimizer, loss_fn)
+
+
 class Mute(TrustRegionMonitor):
     """Stands in for the monitor, whose rows would double the time of a run, in tests that are not about it."""
 

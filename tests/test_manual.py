@@ -1,16 +1,19 @@
 """Modules that run their own loop and step one or several SOAA by `soaa_step`."""
 
+import re
+
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from lightning_models import (
     ACCEPT,
     FISHER,
     QUIET,
     REJECT,
     TRUST_REGION,
+    Adversaries,
     Mixed,
-    Net,
+    OwnLoop,
+    ProtectedAdversaries,
     Remember,
     Tape,
     assert_same,
@@ -23,80 +26,11 @@ from lightning_models import (
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, RatioRadius, TrustRegionMonitor
-from lightning_soaa.module import SOAAMixin
 
 pytestmark = QUIET
 
 
-class Adversaries(LightningModule):
-    """A generator and a discriminator with batch normalisation and dropout, stepped by hand in the usual way.
-
-    `rules` are those of the discriminator's and the generator's SOAA; `toggle` freezes the other's parameters.
-    """
-
-    automatic_optimization = False
-
-    def __init__(self, rules=(FixedRadius(), FixedRadius()), toggle=False, clip=None, lr=0.02):  # noqa: B008  (frozen)
-        super().__init__()
-        self.generator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
-        self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
-        self.head = nn.Linear(8, 1)
-        self.rules, self.toggle, self.clip, self.lr, self.seen = rules, toggle, clip, lr, []
-
-    def score(self, inputs, label):
-        logits = self.head(self.discriminator(inputs))
-        return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
-
-    def fake(self, batch):
-        return self.generator(torch.randn(len(batch[0]), 3))
-
-    def discriminator_loss(self, batch):
-        loss = self.score(batch[0], 1.0) + self.score(self.fake(batch).detach(), 0.0)
-        self.log("discriminator", loss)
-        return loss
-
-    def generator_loss(self, batch):
-        loss = self.score(self.fake(batch), 1.0)
-        self.log("generator", loss)
-        return loss
-
-    def step(self, optimizer, loss_fn):
-        optimizer.zero_grad()
-        loss = loss_fn()
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
-
-    def training_step(self, batch, batch_idx):
-        for optimizer, loss in zip(self.optimizers(), (self.discriminator_loss, self.generator_loss), strict=True):
-            if self.toggle:
-                self.toggle_optimizer(optimizer)
-            self.seen.append(self.step(optimizer, lambda: loss(batch)).detach())  # noqa: B023
-            if self.toggle:
-                self.untoggle_optimizer(optimizer)
-        self.seen.append(self.global_step)
-        for scheduler in self.lr_schedulers():
-            scheduler.step()
-
-    def on_before_optimizer_step(self, optimizer):
-        if self.clip is not None:
-            self.clip_gradients(optimizer, self.clip, "norm")
-        self.log(f"gradient of {len(optimizer.param_groups[0]['params'])}", next(
-            p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None
-        ).norm())  # fmt: skip
-
-    def configure_optimizers(self):
-        parts = ([*self.discriminator.parameters(), *self.head.parameters()], list(self.generator.parameters()))
-        found = [SOAA(part, lr=self.lr, radius=rule) for part, rule in zip(parts, self.rules, strict=True)]
-        return found, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in found]
-
-
-class Protected(SOAAMixin, Adversaries):
-    def step(self, optimizer, loss_fn):
-        return self.soaa_step(optimizer, loss_fn)
-
-
-class ProtectedRaw(Protected):
+class ProtectedRaw(ProtectedAdversaries):
     """Hands over the optimizers themselves."""
 
     def step(self, optimizer, loss_fn):
@@ -122,7 +56,7 @@ OPTIONS = {"plain": {}, "toggled": {"toggle": True}, "clipped": {"clip": 0.1}}
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_optimizers_stepped_by_soaa_step_equal_the_loop_written_by_hand(name, precision):
     reference = facts(train(lambda: Adversaries(**OPTIONS[name]), precision=precision))
-    for make in (Protected, ProtectedRaw):
+    for make in (ProtectedAdversaries, ProtectedRaw):
         assert_same(reference, facts(train(lambda: make(**OPTIONS[name]), precision=precision)))  # noqa: B023
         assert_same(reference, facts(train(lambda: make(BOTH, **OPTIONS[name]), precision=precision)))  # noqa: B023
     assert reference["losses and global steps"][-1] == 32  # two steps a batch, 8 batches, 2 epochs
@@ -131,27 +65,23 @@ def test_two_optimizers_stepped_by_soaa_step_equal_the_loop_written_by_hand(name
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 def test_trial_at_the_same_point_is_the_loss_bit_for_bit(precision):
     rules = Remember(), Remember()
-    train(lambda: Protected(rules, lr=0.0), precision=precision)
+    train(lambda: ProtectedAdversaries(rules, lr=0.0), precision=precision)
     for rule in rules:
         assert len(rule.seen) == 16
         assert all(base == trial for base, trial in rule.seen)
 
 
 def test_always_rejecting_leaves_all_but_the_moments_untouched():
-    still, rejected = facts(train(lambda: Adversaries(lr=0.0))), facts(train(lambda: Protected((REJECT, REJECT))))
+    still, rejected = (
+        facts(train(lambda: Adversaries(lr=0.0))),
+        facts(train(lambda: ProtectedAdversaries((REJECT, REJECT)))),
+    )
     for name in ("parameters and buffers", "losses and global steps", "rows", "random"):
         assert_same(*(drop_rates(found[name]) if name == "rows" else found[name] for found in (still, rejected)))
 
 
 def drop_rates(rows):
     return [(step, {key: value for key, value in row.items() if not key.startswith("lr-")}) for step, row in rows]
-
-
-class OwnLoop(SOAAMixin, Net):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        return {"loss": self.soaa_step(self.optimizers(), lambda: super(OwnLoop, self).training_step(batch, batch_idx))}
 
 
 @pytest.mark.parametrize("rule", [FixedRadius(), ACCEPT, RatioRadius(), RatioRadius(interval=1)])
@@ -164,7 +94,7 @@ def test_a_loop_of_one_optimizer_is_the_default_mode(rule):
 def test_each_optimizer_has_its_own_radius_and_names_in_the_log():
     rows = []
 
-    class Listening(Protected):
+    class Listening(ProtectedAdversaries):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             rows.append([optimizer.optimizer.radius for optimizer in self.optimizers()])
 
@@ -184,7 +114,7 @@ def test_each_optimizer_has_its_own_radius_and_names_in_the_log():
 
 
 def test_each_step_runs_its_loss_once_and_once_more_a_check_and_once_in_the_first():
-    class Counting(Protected):
+    class Counting(ProtectedAdversaries):
         def generator_loss(self, batch):
             self.calls.append(self.in_trial)
             return super().generator_loss(batch)
@@ -201,7 +131,7 @@ def test_each_step_runs_its_loss_once_and_once_more_a_check_and_once_in_the_firs
 
 def test_one_and_one_epochs_are_two_with_two_optimizers(tmp_path):
     def quiet():
-        module = Protected((RatioRadius(interval=1), RatioRadius(relative=0.01)))
+        module = ProtectedAdversaries((RatioRadius(interval=1), RatioRadius(relative=0.01)))
         module.discriminator[3] = nn.Identity()  # streams are not part of a checkpoint
         module.fake = lambda batch: module.generator(batch[0][:, :3])
         return module
@@ -221,7 +151,7 @@ class InterruptedTrialError(Exception):
 
 
 def test_exception_in_a_trial_restores_parameters_and_buffers():
-    class Fragile(Protected):
+    class Fragile(ProtectedAdversaries):
         def on_before_optimizer_step(self, optimizer):
             self.before = {name: value.clone() for name, value in self.state_dict().items()}
 
@@ -235,6 +165,30 @@ def test_exception_in_a_trial_restores_parameters_and_buffers():
         trainer.fit(module, loader())
     assert_same(module.before, dict(module.state_dict()))
     assert module.in_trial is False
+
+
+def test_a_loop_of_its_own_without_a_soaa_is_warned_of_by_name():
+    class Adams(ProtectedAdversaries):
+        def step(self, optimizer, loss_fn):
+            return Adversaries.step(self, optimizer, loss_fn)
+
+        def configure_optimizers(self):
+            parts = ([*self.discriminator.parameters(), *self.head.parameters()], self.generator.parameters())
+            found = [torch.optim.Adam(part) for part in parts]
+            return found, [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in found]
+
+    text = (
+        "SOAAMixin: `configure_optimizers` returns no SOAA, got Adam, Adam; in a module that sets "
+        "automatic_optimization = False the mixin replaces none: return SOAA(...) in their place, and step them by "
+        "self.soaa_step(optimizer, loss_fn), or leave the mixin out."
+    )
+    seed()
+    trainer, _ = make_trainer(max_epochs=1)
+    trainer.callbacks = []
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$") as caught:
+        trainer.fit(Adams(), loader())
+    assert len([w for w in caught if str(w.message).startswith("SOAAMixin")]) == 1
+    assert trainer.global_step == 16
 
 
 def foreign(module):
@@ -273,7 +227,7 @@ MISUSES = {
 def test_misuse_is_refused_by_name_and_moves_nothing(name):
     kind, arguments, message = MISUSES[name]
 
-    class Wrong(Protected):
+    class Wrong(ProtectedAdversaries):
         def training_step(self, batch, batch_idx):
             self.soaa_step(*arguments(self))
 

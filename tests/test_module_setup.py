@@ -206,6 +206,7 @@ class Theirs(LightningModule):
     layer = None
 
 
+@pytest.mark.filterwarnings("ignore:SOAAMixin. `configure_optimizers` returns no SOAA, got SGD")
 @pytest.mark.parametrize("make", [OwnLoopByBody, OwnLoopByInit])
 def test_module_that_switches_automatic_optimization_off_is_left_alone(make):
     module = make()
@@ -436,12 +437,12 @@ REFUSED = {
     "two optimizers": (
         lambda: Configured(two_optimizers), {},
         "SOAAMixin: `configure_optimizers` must be one that returns one optimizer, or left out, got 2 optimizers; to "
-        "step several, set automatic_optimization = False and write the steps in training_step",
+        "step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
     ),
     "no optimizer": (
         lambda: Configured(lambda module: None), {},
         "SOAAMixin: `configure_optimizers` must be one that returns one optimizer, or left out, got 0 optimizers; to "
-        "step several, set automatic_optimization = False and write the steps in training_step",
+        "step several, set automatic_optimization = False and call self.soaa_step(optimizer, loss_fn) for each",
     ),
     "configure_soaa": (
         type("Other", (Configured,), {"__init__": lambda self: Configured.__init__(self, adamw),

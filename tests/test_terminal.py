@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from test_monitor import Automatic, Manual, batches, counting_module, trainer
 
 from lightning_soaa import SOAA, RatioRadius
@@ -122,3 +122,34 @@ def test_a_bars_own_metrics_come_back_also_where_the_instance_had_them():
     assert bar.get_metrics is own
     unshadow_bar(bar)
     assert bar.get_metrics is own
+
+
+def test_the_summary_leaves_out_the_radius_before_there_was_a_step(tmp_path, capsys):
+    class Late(Manual):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    module = Late(lambda module: SOAA(module.parameters(), radius=RatioRadius()))
+    fit(tmp_path, TQDMProgressBar(), module=module, max_epochs=1)
+    (line,) = [line for line in sent(capsys) if line.startswith("  radius")]
+    assert not line.startswith("  radius 0 to")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_that_goes_on_at_the_end_of_an_epoch_says_its_radius(tmp_path, capsys):
+    """A checkpoint of the end of validation has the epoch's last hooks run once more, before there is a step."""
+
+    class Validated(Manual):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def run(epochs, **options):
+        module = Validated(lambda module: SOAA(module.parameters(), radius=RatioRadius()))
+        saving = ModelCheckpoint(tmp_path, filename="saved", save_on_train_epoch_end=False)
+        flags = {"enable_progress_bar": True, "enable_checkpointing": True, "logger": False, "max_epochs": epochs}
+        trainer(tmp_path, TQDMProgressBar(), saving, **flags).fit(module, batches(4), batches(2), **options)
+        return [line for line in sent(capsys) if line.startswith("Epoch 0: radius")]
+
+    (line,) = run(1)
+    assert "nan" not in line
+    assert run(2, ckpt_path=tmp_path / "saved.ckpt") == [line]
