@@ -55,6 +55,7 @@ class TrustRegionMonitor(Callback):
     ``trust_region/actual_reduction``       what the same batch's loss did
     ``trust_region/step_norm``              length of the last step; 0 if it was rejected or skipped
     ``trust_region/trials``                 trial losses evaluated in the last step
+    ``trust_region/rejects``                checks so far whose step was rejected
     ``trust_region/skipped_steps``          steps so far with a loss or gradient that was not finite
     ``trust_region/outlier_steps``          steps so far left out because the gradient was far outside the usual
     ``trust_region/group_radius/<group>``   bound of the last step in units of the parameters, for each of
@@ -256,6 +257,7 @@ class TrustRegionMonitor(Callback):
         return {
             f"trust_region{suffix}/radius": head["radius"],
             f"trust_region{suffix}/acceptance_rate": self._epoch_so_far(suffix, optimizer)["acceptance_rate"],
+            f"trust_region{suffix}/rejects": head["checks"] - head["accepted_checks"],
             f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
             f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
             **report_values(report, suffix),
