@@ -273,6 +273,9 @@ class TrustRegionMonitor(Callback):
         watch = self._watches[suffix]
         watch.see_numbers(optimizer.param_groups[0])
         watch.see_report(report)
+        if not watch.news:
+            return
+        watch.news = False
         for kind, text in advise(watch):
             said = self._said.setdefault(suffix, [])
             if kind not in said:

@@ -210,6 +210,17 @@ def test_fast_dev_run_takes_the_whole_path(tmp_path):
     assert module.optimizers().optimizer.read_at == [1, 2]
 
 
+def test_advice_is_looked_for_only_where_there_is_news(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lightning_soaa.monitor.advise", lambda watch: asked.append(watch.steps) or [])
+    module = Manual()
+    trainer(tmp_path, log_every_n_steps=50).fit(module, batches(120))
+    head = module.optimizers().optimizer.param_groups[0]
+    checked = [report.step for report in module.reports if report.checked]
+    assert len(checked) == head["checks"] < 100
+    assert asked == sorted({*checked, 50, 100})  # no other step, and not twice where a check has a row
+
+
 def test_acceptance_rate_starts_anew_with_each_epoch(tmp_path):
     trainer(tmp_path, max_epochs=2).fit(counting_module(), batches(4))
     rates = [row["trust_region/acceptance_rate"] for row in rows(tmp_path)]
