@@ -58,7 +58,6 @@ class Watch:
 
     checks_seen: int = 0
     accepted_seen: int = 0
-    news: bool = False  # whether there has been a check, a step that was left out or a report since this was set
     checks: deque[Check] = field(default_factory=lambda: deque(maxlen=WINDOW))
     radius: float = nan
     steps: int = 0
@@ -73,6 +72,18 @@ class Watch:
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_LOSSES))
     largest_loss: float = 0.0  # magnitude, of the reports; what goes into a loss rounds on this scale
 
+    def see_news(self, head: Mapping[str, Any], report: StepReport | None) -> bool:
+        """Look at an optimizer's first parameter group and at a report, if there is one; return whether either is new.
+
+        Most steps have no check, are not left out and have no report: what there is to say is what it was.
+        """
+        known = (self.checks_seen, self.not_finite, self.outliers)
+        if report is None and known == (head["checks"], head["skipped_steps"], head.get("outlier_steps", 0)):
+            return False
+        self.see_numbers(head)
+        self.see_report(report)
+        return True
+
     def see_numbers(self, head: Mapping[str, Any]) -> None:
         """Look at an optimizer's first parameter group, as often as there is time: only a new check counts as one.
 
@@ -82,17 +93,15 @@ class Watch:
                 ``actual_reduction`` of the last check, ``radius_low`` and ``radius_high``. Without one of them, what
                 it would tell is not told.
         """
-        self.radius, self.rising = float(head["radius"]), bool(head.get("maximize", False))
-        left_out = int(head["skipped_steps"]), int(head.get("outlier_steps", 0))
-        self.news |= left_out != (self.not_finite, self.outliers)
-        self.steps, (self.not_finite, self.outliers) = int(head.get("steps", 0)), left_out
+        self.radius = float(head["radius"])
+        self.steps, self.not_finite = int(head.get("steps", 0)), int(head["skipped_steps"])
+        self.outliers, self.rising = int(head.get("outlier_steps", 0)), bool(head.get("maximize", False))
         checks, accepted = int(head["checks"]), int(head["accepted_checks"])
         new, taken = checks - self.checks_seen, accepted - self.accepted_seen
         self.checks_seen, self.accepted_seen = checks, accepted
         if new <= 0:  # none, or another state has been loaded
             return
         predicted, actual = (float(head.get(f"{name}_reduction", nan)) for name in ("predicted", "actual"))
-        self.news = True
         at_low = self.radius <= head.get("radius_low", nan) * (1 + PINNED_WITHIN)
         at_high = self.radius >= head.get("radius_high", nan) * (1 - PINNED_WITHIN)
         self.checks.append(Check(new, taken, predicted, actual, at_low, at_high))
@@ -105,7 +114,7 @@ class Watch:
         """Look at a report that has been computed anyway; None, of no step at all, tells nothing."""
         if report is None or (self.report is not None and report.step == self.report.step):
             return
-        self.report, self.news = report, True
+        self.report = report
         if isfinite(report.base_loss):
             self.largest_loss = max(self.largest_loss, abs(report.base_loss))
             losses = self.first_losses if len(self.first_losses) < FIRST_LOSSES else self.last_losses

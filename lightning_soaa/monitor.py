@@ -12,6 +12,7 @@ from lightning_soaa._checks import refuse
 from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
 from lightning_soaa._compat import (
     accumulating,
+    log_row,
     row_follows,
     row_step,
     rows_possible,
@@ -123,6 +124,7 @@ class TrustRegionMonitor(Callback):
         self._range: dict[str, tuple[float, float]] = {}
         self._clock = BatchClock(torch.device("cpu"))
         self._trials = 0
+        self._found: dict[str, Monitored] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
@@ -163,7 +165,8 @@ class TrustRegionMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._trials = trials_of(find_optimizers(trainer.optimizers))
+        self._found = find_optimizers(trainer.optimizers)
+        self._trials = trials_of(self._found)
         self._clock.start()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -177,13 +180,13 @@ class TrustRegionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the numbers on the host; add values to the row of this batch, if there will be one."""
-        found, row_due = find_optimizers(trainer.optimizers), row_follows(trainer)
-        kind = CHECKED if trials_of(found) > self._trials else UNCHECKED
-        self._clock.stop(OTHER if accumulating(trainer) else kind)
+        row_due, waiting = row_follows(trainer), accumulating(trainer)
+        kind = CHECKED if trials_of(self._found) > self._trials else UNCHECKED
+        self._clock.stop(OTHER if waiting else kind)
         # Under manual optimization the trainer writes rows for batches that only accumulate, too: no step, no report.
-        stepped = row_due and not accumulating(trainer)
+        stepped = row_due and not waiting
         values: dict[str, float] = {}
-        for suffix, optimizer in found.items():
+        for suffix, optimizer in self._found.items():
             report, radius = optimizer.last_step if stepped else None, optimizer.param_groups[0]["radius"]
             self._range[suffix] = (min(self._range[suffix][0], radius), max(self._range[suffix][1], radius))
             if row_due:
@@ -194,7 +197,7 @@ class TrustRegionMonitor(Callback):
         if row_due:
             # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
             row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
-            pl_module.log_dict(row, on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+            log_row(trainer, pl_module, row)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""
@@ -271,11 +274,8 @@ class TrustRegionMonitor(Callback):
         if not self.advice:
             return
         watch = self._watches[suffix]
-        watch.see_numbers(optimizer.param_groups[0])
-        watch.see_report(report)
-        if not watch.news:
+        if not watch.see_news(optimizer.param_groups[0], report):
             return
-        watch.news = False
         for kind, text in advise(watch):
             said = self._said.setdefault(suffix, [])
             if kind not in said:
@@ -295,10 +295,10 @@ class TrustRegionMonitor(Callback):
     def _beside_the_bar(self, trainer: Trainer, shown: dict[str, Any]) -> dict[str, Any]:
         """Return what the progress bar shows, with radius and acceptance rate: numbers that are on the host already."""
         rows = {}
-        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
-            counts, start = counts_of(optimizer), self._epoch_start[suffix]
-            checks, accepted = (counts[name] - start[name] for name in ("checks", "accepted_checks"))
-            rows[suffix] = (optimizer.param_groups[0]["radius"], checks, accepted)
+        for suffix, optimizer in (self._found or find_optimizers(trainer.optimizers)).items():
+            head, start = optimizer.param_groups[0], self._epoch_start[suffix]
+            checks, accepted = (head[name] - start[name] for name in ("checks", "accepted_checks"))
+            rows[suffix] = (head["radius"], checks, accepted)
         return beside(shown, bar_entries(rows))
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:

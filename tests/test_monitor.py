@@ -210,6 +210,18 @@ def test_fast_dev_run_takes_the_whole_path(tmp_path):
     assert module.optimizers().optimizer.read_at == [1, 2]
 
 
+def test_keys_are_made_once_and_given_values_from_then_on(tmp_path, monkeypatch):
+    calls, log_dict = [], LightningModule.log_dict
+    monkeypatch.setattr(LightningModule, "log_dict", lambda *args, **kw: calls.append(args) or log_dict(*args, **kw))
+    module = Manual()
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, batches(4))
+    assert len(calls) == 1
+    radii = [report.radius for report in module.reports]
+    assert [row["trust_region/radius"] for row in rows(tmp_path)] == radii
+    assert run.callback_metrics["trust_region/radius"] == run.logged_metrics["trust_region/radius"] == radii[-1]
+
+
 def test_advice_is_looked_for_only_where_there_is_news(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("lightning_soaa.monitor.advise", lambda watch: asked.append(watch.steps) or [])
