@@ -102,7 +102,7 @@ def draw_reductions(axes: Any, run: Run) -> bool:
 
 
 def both_sides_of_zero(axes: Any, predicted: Points, actual: Points) -> None:
-    """Give the y-axis a scale that is linear below the tenth part of all predicted reductions, logarithmic above."""
+    """Give the y-axis a scale that is linear where the smallest tenth of predicted reductions is, else logarithmic."""
     sizes, others = (np.abs(values[np.isfinite(values)]) for _, values in (arrays(predicted), arrays(actual)))
     if not sizes.any():
         return
@@ -128,12 +128,14 @@ def draw_model(axes: Any, run: Run) -> bool:
     undone = norm == 0
     for chosen, label, color in ((~undone, "step taken", BLUE), (undone, "rejected", RED)):
         if chosen.any():
-            dots = {"color": color, "markersize": 2.5, "alpha": 0.6, "label": label}
+            dots = {"color": color, "markersize": 4, "alpha": 0.7, "label": label}
             axes.plot(predicted[chosen], actual[chosen], "o", markeredgewidth=0, **dots)
-    axes.set_xscale("log")
     both_sides_of_zero(axes, *(Column(np.arange(len(values)), values) for values in (predicted, actual)))
-    line_of_model = np.geomspace(predicted.min(), predicted.max(), 50)
-    axes.plot(line_of_model, line_of_model, color=GREY, linewidth=0.9, label="as predicted")
+    threshold = axes.yaxis.get_transform().linthresh
+    axes.set_xscale("symlog", linthresh=threshold)  # the same scale, so that the line is straight
+    axes.xaxis.set_major_locator(Decades(threshold))
+    axes.plot([0, predicted.max()], [0, predicted.max()], color=GREY, linewidth=0.9, label="as predicted")
+    axes.set_ylabel("actual reduction", fontsize=8)
     return True
 
 
@@ -263,7 +265,7 @@ def figure(panels: Sequence[Panel], runs: Sequence[Run], *, titles: bool) -> Fig
             axes.tick_params(labelsize=7, labelbottom=lowest)
             if lowest:
                 axes.set_xlabel(panel.across or "step", fontsize=8)
-        if titles:
+        if titles and panel.across is None:
             cells[0].set_ylabel(panel.title.replace(" and ", "\nand ").replace("skipped", "\nskipped"), fontsize=8)
     return whole
 

@@ -143,8 +143,10 @@ def table(runs: Sequence[Run]) -> str:
 
 def advice_list(run: Run, texts: Sequence[str]) -> str:
     """Return the advice for one run as a list, or that there is none."""
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts) or "<li>none</li>"
-    return f'<p>{escape(run.name)}</p><ul class="advice">{items}</ul>'
+    if not texts:
+        return f"<p>{escape(run.name)}: none</p>"
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f'<p>{escape(run.name)}:</p><ul class="advice">{items}</ul>'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
