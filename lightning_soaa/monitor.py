@@ -25,6 +25,7 @@ from lightning_soaa._details import Details, make_details, write_distributions, 
 from lightning_soaa._rows import (
     Counts,
     Monitored,
+    bar_rows,
     check_layers,
     counts_of,
     find_optimizers,
@@ -133,7 +134,7 @@ class TrustRegionMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
-        found = find_optimizers(trainer.optimizers)
+        self._found = found = find_optimizers(trainer.optimizers)
         if not found:
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise ValueError(
@@ -160,12 +161,12 @@ class TrustRegionMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's figures. Lightning does not call this when it resumes in mid-epoch."""
-        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
+        self._found = find_optimizers(trainer.optimizers)
+        for suffix, optimizer in self._found.items():
             self._epoch_start[suffix] = counts_of(optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._found = find_optimizers(trainer.optimizers)
         self._trials = trials_of(self._found)
         self._clock.start()
 
@@ -231,7 +232,8 @@ class TrustRegionMonitor(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the progress bar as it was."""
+        """Leave the progress bar as it was, and let go of the optimizers."""
+        self._found = {}
         if trainer.progress_bar_callback is not None:
             unshadow_bar(trainer.progress_bar_callback)
 
@@ -294,12 +296,8 @@ class TrustRegionMonitor(Callback):
 
     def _beside_the_bar(self, trainer: Trainer, shown: dict[str, Any]) -> dict[str, Any]:
         """Return what the progress bar shows, with radius and acceptance rate: numbers that are on the host already."""
-        rows = {}
-        for suffix, optimizer in (self._found or find_optimizers(trainer.optimizers)).items():
-            head, start = optimizer.param_groups[0], self._epoch_start[suffix]
-            checks, accepted = (head[name] - start[name] for name in ("checks", "accepted_checks"))
-            rows[suffix] = (head["radius"], checks, accepted)
-        return beside(shown, bar_entries(rows))
+        found = self._found or find_optimizers(trainer.optimizers)
+        return beside(shown, bar_entries(bar_rows(found, self._epoch_start)))
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
         """Return the epoch's figures over all processes; all of them must call it.
