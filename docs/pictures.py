@@ -1,22 +1,30 @@
-"""Make the pictures of the documentation: three short runs on scikit-learn's digits, drawn as the report draws them.
+"""Make the pictures of the documentation, from short runs on scikit-learn's digits.
 
-python docs/pictures.py            # about a minute; writes docs/pictures/*.png
+python docs/pictures.py            # one or two minutes; writes docs/pictures/*.png
+
+Three runs under Lightning are drawn as the report draws them. In a plain loop, SOAA and AdamW are run at rates that lie
+a factor 10**6 apart, with a constant rate and with a cosine.
 """
 
 import argparse
+import math
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soaa import SOAAMixin
-from lightning_soaa._plots import PANELS, png
+from lightning_soaa import SOAA, SOAAMixin
+from lightning_soaa._plots import BLUE, GREY, ORANGE, PANELS, png
 from lightning_soaa._runs import Run, advice_for, read_run
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -29,6 +37,10 @@ SHOWN = (
 )
 NAMES = {"healthy": "a healthy run", "small-batch": "batches of two", "poisoned": "five poisoned batches"}
 STEPS = 300
+RATES = tuple(4.0**exponent for exponent in range(-10, 2))  # 1e-6 to 4; powers of two, since schedules round others
+SEEDS, HELD_OUT = 3, 360
+
+Runs = dict[float, list[tuple[float, list[float]]]]  # by rate, for each seed: final loss, and the bound of each step
 # Batches that are poisoned: inputs times 100 with wrong labels, or a loss that is nan.
 LARGE, NAN = (100, 140, 220), (180, 181)
 
@@ -52,7 +64,8 @@ class Net(SOAAMixin, L.LightningModule):
         return loss
 
 
-def train(name: str, logs: str) -> Run:
+def train(name: str, logs: str, *loggers: Any) -> Run:
+    """Return a run whose rows are in a table, and in `loggers`."""
     L.seed_everything(0, verbose=False)
     digits = load_digits()
     images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -65,7 +78,7 @@ def train(name: str, logs: str) -> Run:
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
-        logger=CSVLogger(logs, name=name, version=0),
+        logger=[CSVLogger(logs, name=name, version=0), *loggers],
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_checkpointing=False,
@@ -73,6 +86,106 @@ def train(name: str, logs: str) -> Run:
     )
     trainer.fit(Net(poisoned=name == "poisoned"), data)
     return read_run(Path(logs) / name / "version_0", NAMES[name])
+
+
+def loop(make: Any, lr: float, seed: int, cosine: bool) -> tuple[float, list[float]]:
+    """Return the loss on held-out digits after a run, and the bound of each step: radius or rate, schedule included."""
+    torch.manual_seed(seed)
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.tensor(digits.data, dtype=torch.float32)[order] / 16, torch.tensor(digits.target)[order]
+    net = Net(poisoned=False).net
+    optimizer = make(net.parameters(), lr)
+    factor = (lambda step: 0.5 + 0.5 * math.cos(math.pi * step / STEPS)) if cosine else (lambda step: 1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    bounds = []
+    for rows in torch.randint(0, len(labels) - HELD_OUT, (STEPS, 64)):
+
+        def loss_closure(rows=rows):
+            return nn.functional.cross_entropy(net(images[rows]), labels[rows])
+
+        def closure(loss_closure=loss_closure):
+            optimizer.zero_grad()
+            loss = loss_closure()
+            loss.backward()
+            return loss
+
+        group = optimizer.param_groups[0]
+        if isinstance(optimizer, SOAA):
+            optimizer.step(closure, loss_closure=loss_closure)
+            bounds.append(group["group_radius"])
+        else:
+            bounds.append(group["lr"])
+            optimizer.step(closure)
+        schedule.step()
+    with torch.no_grad():
+        held_out = nn.functional.cross_entropy(net(images[-HELD_OUT:]), labels[-HELD_OUT:])
+    return held_out.item(), bounds
+
+
+def sweep(make: Any, rates: Sequence[float], cosine: bool) -> Runs:
+    """Return the runs of an optimizer by rate, one for each seed."""
+    return {lr: [loop(make, lr, seed, cosine) for seed in range(SEEDS)] for lr in rates}
+
+
+def best_rate(found: Runs) -> float:
+    """Return the rate whose median loss is the lowest."""
+    return min(found, key=lambda lr: typical(found[lr]))
+
+
+def typical(runs: list[tuple[float, list[float]]]) -> float:
+    """Return the median loss over seeds; what is not finite counts as infinite."""
+    return median(loss if math.isfinite(loss) else math.inf for loss, _ in runs)
+
+
+def draw_sweep(axes: Any, adamw: Runs, soaa: Runs) -> None:
+    """Draw the loss over the rate: the median of all seeds, and from the best to the worst."""
+    for name, found, color in (("AdamW", adamw, ORANGE), ("SOAA", soaa, BLUE)):
+        losses = [[loss if math.isfinite(loss) else 1e3 for loss, _ in runs] for runs in found.values()]
+        rates = list(found)
+        axes.plot(rates, list(map(median, losses)), "o-", color=color, markersize=3.5, linewidth=1.3, label=name)
+        axes.fill_between(rates, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel="lr", ylabel="loss on held-out digits", ylim=(0.05, 30))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def draw_bounds(axes: Any, adamw: Runs, soaa: Runs, title: str) -> None:
+    """Draw SOAA's radius of each seed over the run, and AdamW's rate: its best, and the next ones on both sides."""
+    best = best_rate(adamw)
+    for lr, color, style in ((best / 4, GREY, "--"), (best, ORANGE, "-"), (4 * best, GREY, ":")):
+        label = f"AdamW, lr {lr:.2g}: loss {typical(adamw[lr]):.2g}"
+        axes.plot(adamw[lr][0][1], style, color=color, linewidth=1.3, label=label)
+    (runs,) = list(soaa.values())[:1]
+    for seed, (_, bounds) in enumerate(runs):
+        label = None if seed else f"SOAA, radius of {SEEDS} seeds: loss {typical(runs):.2g}"
+        axes.plot(bounds, color=BLUE, linewidth=1.1, alpha=0.8, label=label)
+    axes.set(yscale="log", xlabel="step", ylabel="radius, or lr", title=title, ylim=(1e-7, 1))
+    axes.title.set_fontsize(9)
+    axes.legend(fontsize=7, frameon=False, loc="lower center")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure on white."""
+    for axes in figure.axes:
+        axes.grid(True, color="#d8dce0", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def compare(folder: Path) -> None:
+    """Draw both optimizers over the rate, and their steps over a run."""
+    adamw = {cosine: sweep(torch.optim.AdamW, RATES, cosine) for cosine in (False, True)}
+    soaa = {False: sweep(SOAA, RATES[:1], False), True: sweep(SOAA, RATES, True)}
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    draw_sweep(figure.subplots(), adamw[True], soaa[True])
+    save(figure, folder / "sensitivity.png")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, cosine in zip(figure.subplots(1, 2), (False, True), strict=True):
+        draw_bounds(axes, adamw[cosine], soaa[cosine], "cosine" if cosine else "constant")
+    save(figure, folder / "radius-and-lr.png")
+    same = all(runs == soaa[True][RATES[0]] for runs in soaa[True].values())
+    print(f"{folder / 'sensitivity.png'}: SOAA's runs are the same bit for bit at all {len(RATES)} rates: {same}")
 
 
 def main() -> None:
@@ -89,6 +202,7 @@ def main() -> None:
             png(panels, [run], options.folder / f"{name}.png", dpi=90)
             advice = ", ".join(advice.kind for advice in advice_for(run)) or "none"
             print(f"{options.folder / name}.png: advice {advice}")
+    compare(options.folder)
 
 
 if __name__ == "__main__":

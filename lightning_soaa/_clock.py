@@ -24,9 +24,7 @@ def mark(device: torch.device) -> Any:
 
 
 def passed(start: Any, end: Any) -> float | None:
-    """Return the seconds between two marks; None if the device is not there yet."""
-    if isinstance(start, float):
-        return float(end - start)
+    """Return the seconds between two events; None if the device is not there yet."""
     return start.elapsed_time(end) / 1000 if end.query() else None
 
 
@@ -61,6 +59,10 @@ class BatchClock:
             return
         if self._first:
             self._first = False
+            return
+        if isinstance(started, float):  # the host's time: nothing to wait for
+            self.seconds[kind] += perf_counter() - started
+            self.counts[kind] += 1
             return
         self._open.append((kind, started, mark(self.device)))
         self._close()

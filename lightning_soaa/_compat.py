@@ -4,13 +4,13 @@ Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumul
 of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
 ``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
 ``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
-``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs`` and
-``epoch_loop._batches_that_stepped``; ``_train_progress_bar`` of TQDMProgressBar.
+``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs``, ``_results`` with its
+``update_metrics``, and ``epoch_loop._batches_that_stepped``; ``_train_progress_bar`` of TQDMProgressBar.
 """
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
@@ -99,11 +99,26 @@ def row_follows(trainer: Any) -> bool:
 
     These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
     """
+    if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
+        return False  # first, since most batches have none
     if not rows_possible(trainer):
         return False
-    if accumulating(trainer) and trainer.lightning_module.automatic_optimization:
-        return False
-    return trainer._logger_connector.should_update_logs or bool(getattr(trainer, "fast_dev_run", False))
+    return not (accumulating(trainer) and trainer.lightning_module.automatic_optimization)
+
+
+def log_row(trainer: Any, module: Any, row: Mapping[str, torch.Tensor]) -> None:
+    """Add values to the row that `trainer` will write after this batch, as `module.log_dict` does.
+
+    Lightning's ``log`` walks through all that it keeps of a key each time, which takes longer than everything else
+    about a row. Keys that it knows, with what they were logged by, are given their new values.
+    """
+    results = trainer._results
+    keys = {f"{module._current_fx_name}.{name}": value for name, value in row.items()}
+    if not keys.keys() <= results.keys():
+        module.log_dict(dict(row), on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+        return
+    for key, value in keys.items():
+        results.update_metrics(key, value, 1)
 
 
 def row_step(trainer: Any) -> int:

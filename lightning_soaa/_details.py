@@ -192,7 +192,13 @@ LAYOUT = {
         "Radius": ["Multiline", [r"^trust_region(-\d+)?/radius$", r"^trust_region(-\d+)?/group_radius/"]],
         "Acceptance": ["Multiline", [r"^trust_region(-\d+)?/acceptance_(ratio|rate)$"]],
         "Predicted and actual reduction": ["Multiline", [r"^trust_region(-\d+)?/(predicted|actual)_reduction$"]],
-        "Fisher": ["Multiline", [r"^fisher(-\d+)?/(mean|max|trace)$"]],
+        "Rejects, skipped steps and outliers, so far": [
+            "Multiline",
+            [r"^trust_region(-\d+)?/(rejects|skipped_steps|outlier_steps)$"],
+        ],
+        "Step norm": ["Multiline", [r"^trust_region(-\d+)?/step_norm$"]],
+        "Fisher, trace": ["Multiline", [r"^fisher(-\d+)?/trace$"]],
+        "Fisher, largest entry": ["Multiline", [r"^fisher(-\d+)?/max$"]],
     }
 }
 

@@ -72,6 +72,18 @@ def trials_of(optimizers: Mapping[str, Monitored]) -> int:
     )
 
 
+def bar_rows(
+    optimizers: Mapping[str, Monitored], epoch_start: Mapping[str, Counts]
+) -> dict[str, tuple[float, int, int]]:
+    """Return each optimizer's radius, and the epoch's checks and how many of them were accepted."""
+    rows = {}
+    for suffix, optimizer in optimizers.items():
+        head, start = optimizer.param_groups[0], epoch_start[suffix]
+        checks, accepted = (head[name] - start[name] for name in ("checks", "accepted_checks"))
+        rows[suffix] = (head["radius"], checks, accepted)
+    return rows
+
+
 def run_row(
     suffix: str, optimizer: Monitored, radii: tuple[float, float], check_share: float, advice: Sequence[str]
 ) -> RunRow:

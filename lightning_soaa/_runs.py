@@ -2,20 +2,28 @@
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
-from math import isfinite, isnan, nan
+from itertools import compress, count, islice
+from math import isnan
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from lightning_soaa._points import Array, Column, Points, arrays, at, increases, last_known
 from lightning_soaa._watch import Watch
 from lightning_soaa.advice import Advice, advise
 from lightning_soaa.report import StepReport
 
-Points = list[tuple[int, float]]  # (step of the trainer, value), in the order of steps
-
 RADIUS = "trust_region/radius"
+COUNTS = ("rejects", "skipped_steps", "outlier_steps")
+MOST_READ = 100_000  # rows of a table that are read
+CHUNK = 500  # rows of a table that are turned into numbers together
+MOST_ROWS = 10_000  # that are gone through for advice, which is a matter of the last 24
 OPTIMIZER = re.compile(r"trust_region(-\d+)?/radius")
 
 
@@ -30,14 +38,12 @@ class Run:
     Args:
         name: what tells it from others, its path by default.
         series: points by key.
+        left_out: rows of the log that were not read.
     """
 
     name: str
     series: Mapping[str, Points]
-
-    def at(self, key: str) -> dict[int, float]:
-        """Return a key's values by step, empty if it was not logged."""
-        return dict(self.series.get(key, ()))
+    left_out: int = 0
 
     def losses(self) -> list[str]:
         """Return the keys whose last part speaks of a loss: a mean over an epoch gives way to the steps it is of."""
@@ -45,19 +51,30 @@ class Run:
         return [key for key in keys if not (key.endswith("_epoch") and f"{key[:-6]}_step" in keys)]
 
 
-@dataclass(frozen=True)
-class Events:
-    """Steps at which something went wrong, as far as rows tell.
+class Marks(NamedTuple):
+    """What went wrong in one way.
 
     Args:
-        rejects: steps of a check whose step was rejected. Those between two rows are not seen.
-        skipped: steps by which the count of steps that were not finite had grown since the row before.
-        outliers: likewise of those far outside the recent distribution.
+        steps: of the rows by which its count had grown since the row before, shape (n,).
+        total: how often it happened in the whole run.
     """
 
-    rejects: list[int]
-    skipped: list[int]
-    outliers: list[int]
+    steps: Array
+    total: int
+
+
+class Events(NamedTuple):
+    """What went wrong, and where.
+
+    Args:
+        rejects: checks whose step was rejected; in a log that does not count them, those that have a row.
+        skipped: steps with a loss or gradient that was not finite.
+        outliers: steps whose gradient was far outside its recent distribution.
+    """
+
+    rejects: Marks
+    skipped: Marks
+    outliers: Marks
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -70,9 +87,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     path = Path(path)
     if not path.exists():
         raise RunError(f"no such file or folder: {path}")
-    table = path if path.suffix == ".csv" else path / "metrics.csv"
+    table, left_out = path if path.suffix == ".csv" else path / "metrics.csv", 0
     if table.is_file():
-        series = read_csv(table)
+        series, left_out = read_csv(table)
     elif path.is_file() or any(path.glob("*tfevents*")):
         series = read_events(path)
     else:
@@ -81,7 +98,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         raise RunError(f"no run in {path}: neither metrics.csv nor an event file of TensorBoard{hint}")
     if RADIUS not in series:
         raise RunError(f"no `{RADIUS}` in {path}: it was not written by a run with TrustRegionMonitor")
-    return Run(str(path) if name is None else name, series)
+    return Run(str(path) if name is None else name, series, left_out)
 
 
 def by_optimizer(run: Run) -> list[Run]:
@@ -98,7 +115,7 @@ def by_optimizer(run: Run) -> list[Run]:
                 series[key] = points
             elif head in {f"trust_region{suffix}", f"fisher{suffix}"}:
                 series[head.removesuffix(suffix) + slash + tail] = points
-        runs.append(Run(f"{run.name}, trust_region{suffix}", series))
+        runs.append(Run(f"{run.name}, trust_region{suffix}", series, run.left_out))
     return runs
 
 
@@ -107,20 +124,51 @@ def is_log(file: Path) -> bool:
     return file.name == "metrics.csv" or "tfevents" in file.name
 
 
-def read_csv(path: Path) -> dict[str, Points]:
-    """Return all columns of numbers but ``step``; rows without a step and fields without a number are left out.
+def read_csv(path: Path, most: int = MOST_READ) -> tuple[dict[str, Points], int]:
+    """Return all columns of numbers but ``step``, and how many rows were left out.
 
-    Of two values for a step, the later one.
+    Rows without a step and fields without a number are left out; of two values for a step, the later one stands. Rows
+    with as many gaps as most rows have are those of steps. Of more than `most` of them every second, third, ... is
+    read, and all others: those of validation are few.
     """
-    series: dict[str, dict[int, float]] = {}
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if step := row.pop("step", None):
-                for key, text in row.items():
-                    if text and isinstance(text, str):
-                        with suppress(ValueError):
-                            series.setdefault(key, {})[int(float(step))] = float(text)
-    return {key: sorted(points.items()) for key, points in series.items()}
+        header = next(csv.reader([file.readline()]), [])
+        gaps = Counter(line.count(",,") for line in file)
+    usual, total = max(gaps.items(), key=itemgetter(1), default=(0, 0))
+    every, turn = max(1, -(-total // most)), count()
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    with open(path, newline="") as file:
+        file.readline()
+        rows = csv.reader(line for line in file if line.count(",,") != usual or next(turn) % every == 0)
+        while "step" in header and (chunk := list(islice(rows, CHUNK))):
+            columns = dict(zip(header, zip(*filled(chunk, len(header)), strict=True), strict=True))
+            steps = columns.pop("step")
+            for key, texts in columns.items():
+                found.setdefault(key, []).append(numbers(steps, texts))
+    joined = {key: [np.concatenate(parts) for parts in zip(*pairs, strict=True)] for key, pairs in found.items()}
+    series: dict[str, Points] = {key: Column.of(steps, values) for key, (steps, values) in joined.items() if len(steps)}
+    return series, total - -(-total // every)
+
+
+def filled(rows: Iterable[list[str]], width: int) -> list[list[str]]:
+    """Return rows of `width` fields, empty ones where there were fewer."""
+    return [(row + [""] * width)[:width] for row in rows]
+
+
+def numbers(steps: Sequence[str], texts: Sequence[str]) -> tuple[Array, Array]:
+    """Return steps and numbers of the fields that hold a number, where there is a step."""
+    with suppress(ValueError):
+        # The usual case: numbers, or nothing.
+        return np.array(list(map(float, compress(steps, texts)))), np.array(list(map(float, filter(None, texts))))
+    known = [(float(step), float(text)) for step, text in zip(steps, texts, strict=True) if are_numbers(step, text)]
+    return np.array([step for step, _ in known]), np.array([value for _, value in known])
+
+
+def are_numbers(*texts: str) -> bool:
+    """Return whether fields hold a number each."""
+    with suppress(ValueError):
+        return bool([float(text) for text in texts])
+    return False
 
 
 def read_events(path: Path) -> dict[str, Points]:
@@ -128,10 +176,11 @@ def read_events(path: Path) -> dict[str, Points]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-    return {
-        key: sorted({point.step: point.value for point in events.Scalars(key)}.items())
-        for key in events.Tags()["scalars"]
-    }
+    found: dict[str, Points] = {}
+    for key in events.Tags()["scalars"]:
+        points = events.Scalars(key)
+        found[key] = Column.of([point.step for point in points], [point.value for point in points])
+    return found
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
@@ -144,29 +193,19 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def events_of(run: Run) -> Events:
-    """Return the steps at which a row tells of a reject, a skipped step or an outlier."""
-    skipped, outliers = (increases(run.series.get(f"trust_region/{name}_steps", [])) for name in ("skipped", "outlier"))
-    left_out = {*skipped, *outliers}
-    norms = run.at("trust_region/step_norm")
-    trials = run.at("trust_region/trials")
-    rejects = [step for step, norm in norms.items() if norm == 0 and trials.get(step, 0) > 0 and step not in left_out]
+    """Return the steps at which rows tell of a reject, a skipped step or an outlier, and how many there were."""
+    counted = [run.series.get(f"trust_region/{name}", ()) for name in COUNTS]
+    totals = [last_known(points) for points in counted]
+    rejects, skipped, outliers = (
+        Marks(increases(points), 0 if isnan(total) else int(total))
+        for points, total in zip(counted, totals, strict=True)
+    )
+    if not counted[0]:  # a log from before rejects were counted
+        steps, norms = arrays(run.series.get("trust_region/step_norm", ()))
+        undone = (norms == 0) & (at(run.series.get("trust_region/trials", ()), steps) > 0)
+        undone &= ~np.isin(steps, skipped.steps) & ~np.isin(steps, outliers.steps)
+        rejects = Marks(steps[undone], int(undone.sum()))
     return Events(rejects, skipped, outliers)
-
-
-def extremes(points: Points) -> tuple[float, float]:
-    """Return the smallest and the largest finite value, nan if there is none."""
-    values = [value for _, value in points if isfinite(value)]
-    return (min(values), max(values)) if values else (nan, nan)
-
-
-def last_known(points: Points) -> float:
-    """Return the last value that is not nan, nan if there is none."""
-    return next((value for _, value in reversed(points) if not isnan(value)), nan)
-
-
-def increases(points: Points) -> list[int]:
-    """Return the steps at which a count is higher than in the row before; the first row is compared with 0."""
-    return [after[0] for before, after in pairwise([(-1, 0.0), *points]) if after[1] > before[1]]
 
 
 def advice_for(run: Run) -> list[Advice]:
@@ -185,39 +224,50 @@ def advice_for(run: Run) -> list[Advice]:
 
 
 def replay(run: Run) -> Iterator[tuple[dict[str, float], StepReport]]:
-    """Go through the rows.
+    """Go through the rows, every second, third, ... of a run that has more than `MOST_ROWS`.
 
     Yields:
         What the optimizer's first group and its report have held, as far as the row tells.
     """
-    names = (
-        *("trust_region/radius", "trust_region/trials", "trust_region/step_norm", "trust_region/skipped_steps"),
-        *("trust_region/outlier_steps", "trust_region/predicted_reduction", "trust_region/actual_reduction"),
-        "fisher/max",
-    )
-    values = {name: run.at(name) for name in names}
-    losses = run.at(next((key for key in run.losses() if "val" not in key and "test" not in key), ""))
-    events = events_of(run)
-    no_check = {*events.skipped, *events.outliers}  # even where a trial loss was evaluated
     checks = accepted = 0
-    for step, radius in values[RADIUS].items():
-        row = {name.split("/")[-1]: values[name].get(step, nan) for name in names}
-        checked = row["trials"] > 0 and not isnan(row["predicted_reduction"]) and step not in no_check
-        checks, accepted = checks + checked, accepted + (checked and row["step_norm"] > 0)
-        counts = {name: int(row[name]) if row[name] == row[name] else 0 for name in ("skipped_steps", "outlier_steps")}
+    for row in table_of(run):
+        counts = {name: 0 if isnan(row[name]) else int(row[name]) for name in ("skipped_steps", "outlier_steps")}
+        checks, accepted = checks + row["checked"], accepted + (row["checked"] and row["step_norm"] > 0)
         yield (
-            {**row, "steps": step + 1, "checks": checks, "accepted_checks": accepted, **counts},
+            {**row, "steps": row["step"] + 1, "checks": checks, "accepted_checks": accepted, **counts},
             StepReport(
-                step=step + 1,
-                radius=radius,
-                checked=checked,
+                step=row["step"] + 1,
+                radius=row["radius"],
+                checked=row["checked"],
                 accepted=row["step_norm"] > 0,
                 skipped=False,
                 trials=0 if isnan(row["trials"]) else int(row["trials"]),
-                base_loss=losses.get(step, nan),
+                base_loss=row["base_loss"],
                 predicted_reduction=row["predicted_reduction"],
                 actual_reduction=row["actual_reduction"],
-                fisher_max=row["max"],
+                fisher_max=row["fisher_max"],
                 skipped_steps=counts["skipped_steps"],
             ),
         )
+
+
+def table_of(run: Run) -> Iterator[dict[str, Any]]:
+    """Go through what rows hold that advice is a matter of.
+
+    Yields:
+        Values by name; ``checked`` is whether the row has a check of its own.
+    """
+    names = ("trials", "step_norm", "skipped_steps", "outlier_steps", "predicted_reduction", "actual_reduction")
+    steps = arrays(run.series[RADIUS])[0]
+    steps = steps[:: max(1, -(-len(steps) // MOST_ROWS))]
+    loss = next((key for key in run.losses() if "val" not in key and "test" not in key), "")
+    keys = {name: f"trust_region/{name}" for name in names}
+    keys |= {"radius": RADIUS, "fisher_max": "fisher/max", "base_loss": loss}
+    columns = {name: at(run.series.get(key, ()), steps) for name, key in keys.items()}
+    events = events_of(run)
+    # A step that was left out is no check, even where a trial loss was evaluated.
+    left_out = np.isin(steps, events.skipped.steps) | np.isin(steps, events.outliers.steps)
+    columns["checked"] = (columns["trials"] > 0) & ~np.isnan(columns["predicted_reduction"]) & ~left_out
+    columns["step"] = steps
+    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+        yield dict(zip(columns, values, strict=True))

@@ -72,6 +72,18 @@ class Watch:
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_LOSSES))
     largest_loss: float = 0.0  # magnitude, of the reports; what goes into a loss rounds on this scale
 
+    def see_news(self, head: Mapping[str, Any], report: StepReport | None) -> bool:
+        """Look at an optimizer's first parameter group and at a report, if there is one; return whether either is new.
+
+        Most steps have no check, are not left out and have no report: what there is to say is what it was.
+        """
+        known = (self.checks_seen, self.not_finite, self.outliers)
+        if report is None and known == (head["checks"], head["skipped_steps"], head.get("outlier_steps", 0)):
+            return False
+        self.see_numbers(head)
+        self.see_report(report)
+        return True
+
     def see_numbers(self, head: Mapping[str, Any]) -> None:
         """Look at an optimizer's first parameter group, as often as there is time: only a new check counts as one.
 

@@ -12,6 +12,7 @@ from lightning_soaa._checks import refuse
 from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
 from lightning_soaa._compat import (
     accumulating,
+    log_row,
     row_follows,
     row_step,
     rows_possible,
@@ -24,6 +25,7 @@ from lightning_soaa._details import Details, make_details, write_distributions, 
 from lightning_soaa._rows import (
     Counts,
     Monitored,
+    bar_rows,
     check_layers,
     counts_of,
     find_optimizers,
@@ -56,6 +58,7 @@ class TrustRegionMonitor(Callback):
     ``trust_region/actual_reduction``       what the same batch's loss did
     ``trust_region/step_norm``              length of the last step; 0 if it was rejected or skipped
     ``trust_region/trials``                 trial losses evaluated in the last step
+    ``trust_region/rejects``                checks so far whose step was rejected
     ``trust_region/skipped_steps``          steps so far with a loss or gradient that was not finite
     ``trust_region/outlier_steps``          steps so far left out because the gradient was far outside the usual
     ``trust_region/group_radius/<group>``   bound of the last step in units of the parameters, for each of
@@ -123,6 +126,7 @@ class TrustRegionMonitor(Callback):
         self._range: dict[str, tuple[float, float]] = {}
         self._clock = BatchClock(torch.device("cpu"))
         self._trials = 0
+        self._found: dict[str, Monitored] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
@@ -131,7 +135,7 @@ class TrustRegionMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
-        found = find_optimizers(trainer.optimizers)
+        self._found = found = find_optimizers(trainer.optimizers)
         if not found:
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise ValueError(
@@ -158,12 +162,13 @@ class TrustRegionMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's figures. Lightning does not call this when it resumes in mid-epoch."""
-        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
+        self._found = find_optimizers(trainer.optimizers)
+        for suffix, optimizer in self._found.items():
             self._epoch_start[suffix] = counts_of(optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._trials = trials_of(find_optimizers(trainer.optimizers))
+        self._trials = trials_of(self._found)
         self._clock.start()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -177,13 +182,13 @@ class TrustRegionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the numbers on the host; add values to the row of this batch, if there will be one."""
-        found, row_due = find_optimizers(trainer.optimizers), row_follows(trainer)
-        kind = CHECKED if trials_of(found) > self._trials else UNCHECKED
-        self._clock.stop(OTHER if accumulating(trainer) else kind)
+        row_due, waiting = row_follows(trainer), accumulating(trainer)
+        kind = CHECKED if trials_of(self._found) > self._trials else UNCHECKED
+        self._clock.stop(OTHER if waiting else kind)
         # Under manual optimization the trainer writes rows for batches that only accumulate, too: no step, no report.
-        stepped = row_due and not accumulating(trainer)
+        stepped = row_due and not waiting
         values: dict[str, float] = {}
-        for suffix, optimizer in found.items():
+        for suffix, optimizer in self._found.items():
             report, radius = optimizer.last_step if stepped else None, radius_of(optimizer)
             # Where there is no radius yet it is nan, which is neither smaller nor larger.
             self._range[suffix] = (min(self._range[suffix][0], radius), max(self._range[suffix][1], radius))
@@ -195,7 +200,7 @@ class TrustRegionMonitor(Callback):
         if row_due:
             # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
             row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
-            pl_module.log_dict(row, on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+            log_row(trainer, pl_module, row)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""
@@ -228,7 +233,8 @@ class TrustRegionMonitor(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the progress bar as it was."""
+        """Leave the progress bar as it was, and let go of the optimizers."""
+        self._found = {}
         if trainer.progress_bar_callback is not None:
             unshadow_bar(trainer.progress_bar_callback)
 
@@ -257,6 +263,7 @@ class TrustRegionMonitor(Callback):
         return {
             f"trust_region{suffix}/radius": head["radius"],
             f"trust_region{suffix}/acceptance_rate": self._epoch_so_far(suffix, optimizer)["acceptance_rate"],
+            f"trust_region{suffix}/rejects": head["checks"] - head["accepted_checks"],
             f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
             f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
             **report_values(report, suffix),
@@ -270,8 +277,8 @@ class TrustRegionMonitor(Callback):
         if not self.advice:
             return
         watch = self._watches[suffix]
-        watch.see_numbers(optimizer.param_groups[0])
-        watch.see_report(report)
+        if not watch.see_news(optimizer.param_groups[0], report):
+            return
         for kind, text in advise(watch):
             said = self._said.setdefault(suffix, [])
             if kind not in said:
@@ -290,12 +297,8 @@ class TrustRegionMonitor(Callback):
 
     def _beside_the_bar(self, trainer: Trainer, shown: dict[str, Any]) -> dict[str, Any]:
         """Return what the progress bar shows, with radius and acceptance rate: numbers that are on the host already."""
-        rows = {}
-        for suffix, optimizer in find_optimizers(trainer.optimizers).items():
-            counts, start = counts_of(optimizer), self._epoch_start[suffix]
-            checks, accepted = (counts[name] - start[name] for name in ("checks", "accepted_checks"))
-            rows[suffix] = (optimizer.param_groups[0]["radius"], checks, accepted)
-        return beside(shown, bar_entries(rows))
+        found = self._found or find_optimizers(trainer.optimizers)
+        return beside(shown, bar_entries(bar_rows(found, self._epoch_start)))
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
         """Return the epoch's figures over all processes; all of them must call it.

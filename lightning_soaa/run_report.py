@@ -12,17 +12,8 @@ from importlib.util import find_spec
 from math import isnan
 from pathlib import Path
 
-from lightning_soaa._runs import (
-    Run,
-    RunError,
-    advice_for,
-    by_optimizer,
-    events_of,
-    extremes,
-    last_known,
-    read_run,
-    short_names,
-)
+from lightning_soaa._points import extremes, last_known
+from lightning_soaa._runs import Run, RunError, advice_for, by_optimizer, events_of, read_run, short_names
 
 STYLE = """
 :root { color-scheme: light dark; --grid: #d8dce0; --line: #c4c9ce; --text: #1c2126; --page: #ffffff; --soft: #5a636c; }
@@ -93,22 +84,29 @@ def write_report(
 
 def figures(run: Run) -> dict[str, str]:
     """Return a run in a few numbers, as text by heading."""
-    series, events = run.series, events_of(run)
+    series = run.series
     low, high = extremes(series["trust_region/radius"])
-    rate = last_known(series.get("trust_region/acceptance_rate", []))
+    rate = last_known(series.get("trust_region/acceptance_rate", ()))
     shown = {
-        "Rows": str(len(series["trust_region/radius"])),
+        "Rows": rows_of(run),
         "Last step": str(series["trust_region/radius"][-1][0]),
         "Radius": f"{low:.3g} to {high:.3g}, last {last_known(series['trust_region/radius']):.3g}",
         "Acceptance rate, last epoch": "no checks" if isnan(rate) else f"{rate:.3g}",
-        "Rejects in rows": str(len(events.rejects)),
     }
-    for name, heading in (("skipped_steps", "Skipped steps"), ("outlier_steps", "Outliers")):
-        count = last_known(series.get(f"trust_region/{name}", []))
+    if "trust_region/rejects" not in series:  # a log from before they were counted
+        shown["Rejects in rows"] = str(events_of(run).rejects.total)
+    for name, heading in (("rejects", "Rejects"), ("skipped_steps", "Skipped steps"), ("outlier_steps", "Outliers")):
+        count = last_known(series.get(f"trust_region/{name}", ()))
         shown[heading] = "not logged" if isnan(count) else f"{count:.0f}"
     if losses := run.losses()[:4]:
         shown["Last loss"] = ", ".join(f"{key} {last_known(series[key]):.4g}" for key in losses)
     return shown
+
+
+def rows_of(run: Run) -> str:
+    """Return how many rows there are, and how many of them were read if not all were."""
+    read = len(run.series["trust_region/radius"])
+    return f"{read + run.left_out}, {read} of them read" if run.left_out else str(read)
 
 
 def page(
@@ -145,8 +143,10 @@ def table(runs: Sequence[Run]) -> str:
 
 def advice_list(run: Run, texts: Sequence[str]) -> str:
     """Return the advice for one run as a list, or that there is none."""
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts) or "<li>none</li>"
-    return f'<p>{escape(run.name)}</p><ul class="advice">{items}</ul>'
+    if not texts:
+        return f"<p>{escape(run.name)}: none</p>"
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f'<p>{escape(run.name)}:</p><ul class="advice">{items}</ul>'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

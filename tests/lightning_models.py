@@ -30,6 +30,7 @@ TRUST_REGION = {
     "trust_region/actual_reduction",
     "trust_region/step_norm",
     "trust_region/trials",
+    "trust_region/rejects",
     "trust_region/skipped_steps",
     "trust_region/outlier_steps",
 }

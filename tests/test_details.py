@@ -163,10 +163,13 @@ def test_tensorboard_gets_one_page_whose_charts_find_the_keys(tmp_path):
     trainer(tmp_path).fit(Adversaries(({}, {})), batches(1))
     (page,) = layout_of(tmp_path).category
     assert page.title == "Trust region"
-    assert [chart.title for chart in page.chart] == ["Radius", "Acceptance", "Predicted and actual reduction", "Fisher"]
+    assert [chart.title for chart in page.chart] == [
+        *("Radius", "Acceptance", "Predicted and actual reduction", "Rejects, skipped steps and outliers, so far"),
+        *("Step norm", "Fisher, trace", "Fisher, largest entry"),
+    ]
     keys = events(tmp_path).Tags()["scalars"]
     found = [[key for key in keys if any(re.search(tag, key) for tag in chart.multiline.tag)] for chart in page.chart]
-    assert [len(shown) for shown in found] == [4, 4, 4, 6]  # two optimizers, and two groups in the second
+    assert [len(shown) for shown in found] == [4, 4, 4, 6, 2, 2, 2]  # two optimizers, and two groups in the second
 
 
 def test_the_page_is_not_written_where_it_is_not_wanted(tmp_path):

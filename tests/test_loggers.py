@@ -72,7 +72,7 @@ def tensorboard(path):
 
 
 def csv(path):
-    return CSVLogger(path, name="csv", version=0), lambda: read_csv(path / "csv" / "version_0" / "metrics.csv")
+    return CSVLogger(path, name="csv", version=0), lambda: read_csv(path / "csv" / "version_0" / "metrics.csv")[0]
 
 
 def wandb(path):

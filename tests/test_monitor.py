@@ -210,6 +210,29 @@ def test_fast_dev_run_takes_the_whole_path(tmp_path):
     assert module.optimizers().optimizer.read_at == [1, 2]
 
 
+def test_keys_are_made_once_and_given_values_from_then_on(tmp_path, monkeypatch):
+    calls, log_dict = [], LightningModule.log_dict
+    monkeypatch.setattr(LightningModule, "log_dict", lambda *args, **kw: calls.append(args) or log_dict(*args, **kw))
+    module = Manual()
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, batches(4))
+    assert len(calls) == 1
+    radii = [report.radius for report in module.reports]
+    assert [row["trust_region/radius"] for row in rows(tmp_path)] == radii
+    assert run.callback_metrics["trust_region/radius"] == run.logged_metrics["trust_region/radius"] == radii[-1]
+
+
+def test_advice_is_looked_for_only_where_there_is_news(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lightning_soaa.monitor.advise", lambda watch: asked.append(watch.steps) or [])
+    module = Manual()
+    trainer(tmp_path, log_every_n_steps=50).fit(module, batches(120))
+    head = module.optimizers().optimizer.param_groups[0]
+    checked = [report.step for report in module.reports if report.checked]
+    assert len(checked) == head["checks"] < 100
+    assert asked == sorted({*checked, 50, 100})  # no other step, and not twice where a check has a row
+
+
 def test_acceptance_rate_starts_anew_with_each_epoch(tmp_path):
     trainer(tmp_path, max_epochs=2).fit(counting_module(), batches(4))
     rates = [row["trust_region/acceptance_rate"] for row in rows(tmp_path)]
@@ -230,13 +253,14 @@ class Stop(Callback):
 @pytest.mark.parametrize("after", [7, 9])
 def test_a_run_resumed_in_mid_epoch_has_the_figures_of_one_that_was_not_stopped(tmp_path, after):
     trainer(tmp_path / "whole", max_epochs=3).fit(counting_module(), batches(5))
-    whole = {row["step"]: row["trust_region/acceptance_rate"] for row in rows(tmp_path / "whole")}
+    keys = ("trust_region/acceptance_rate", "trust_region/rejects")
+    whole = {row["step"]: [row[key] for key in keys] for row in rows(tmp_path / "whole")}
     first = {"max_epochs": 3, "log_every_n_steps": 2, "default_root_dir": str(tmp_path)}
     trainer(tmp_path / "first", Stop(after), **first).fit(counting_module(), batches(5))
     trainer(tmp_path / "second", max_epochs=3).fit(
         counting_module(), batches(5), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
     )
-    resumed = {row["step"]: row["trust_region/acceptance_rate"] for row in rows(tmp_path / "second")}
+    resumed = {row["step"]: [row[key] for key in keys] for row in rows(tmp_path / "second")}
     assert list(resumed) == list(range(after, 15))
     assert resumed == {step: whole[step] for step in range(after, 15)}
 
@@ -257,6 +281,11 @@ def test_a_nan_batch_shows_as_a_skipped_step(tmp_path):
     assert [row["trust_region/skipped_steps"] for row in rows(tmp_path)] == [0, 1, 1, 1]
     assert [row["trust_region/step_norm"] == 0 for row in rows(tmp_path)] == [False, True, False, False]
     assert [row["trust_region/outlier_steps"] for row in rows(tmp_path)] == [0, 0, 0, 0]
+
+
+def test_rejects_between_two_rows_are_not_lost(tmp_path):
+    trainer(tmp_path, max_epochs=2, log_every_n_steps=4).fit(counting_module(), batches(4))
+    assert [row["trust_region/rejects"] for row in rows(tmp_path)] == [1, 2]  # steps 3 and 6
 
 
 def test_a_batch_far_out_shows_as_an_outlier_step(tmp_path):

@@ -3,6 +3,7 @@
 import re
 from math import inf, isfinite, nan
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -10,21 +11,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_models import QUIET, Mixed, loader
 
 from lightning_soaa import RatioRadius, TrustRegionMonitor, TrustRegionReport
-from lightning_soaa._runs import (
-    Run,
-    advice_for,
-    by_optimizer,
-    events_of,
-    extremes,
-    increases,
-    last_known,
-    read_run,
-    short_names,
-)
+from lightning_soaa._plots import PANELS, svg
+from lightning_soaa._points import Column, at, extremes, increases, last_known, spread, thinned
+from lightning_soaa._runs import Run, advice_for, by_optimizer, events_of, read_csv, read_run, replay, short_names
 from lightning_soaa.run_report import figures, load, main, write_report
 
 pytestmark = QUIET
-TITLES = ["Radius", "Acceptance ratio and rate", "Predicted and actual reduction", "Loss", "Fisher"]
+TITLES = [
+    *("Radius", "Acceptance ratio and rate", "Predicted and actual reduction", "Actual over predicted reduction"),
+    *("Loss", "Fisher", "Rejects, skipped steps and outliers"),
+]
 
 
 def run(**series):
@@ -69,8 +65,8 @@ def test_a_file_is_read_as_its_folder_is(logs):
 def test_a_page_holds_all_that_it_shows(logs, tmp_path):
     write_report(load(logs), html=tmp_path / "new" / "report.html")
     text = (tmp_path / "new" / "report.html").read_text("utf-8")
-    assert re.findall("<h2>(.*?)</h2>", text) == ["Advice", *TITLES, "Rejects, skipped steps and outliers"]
-    assert text.count("<svg ") == 6
+    assert re.findall("<h2>(.*?)</h2>", text) == ["Advice", *TITLES]
+    assert text.count("<svg ") == len(TITLES)
     assert not re.search(r"<(script|link|img|iframe)|@import|\ssrc=|url\((?!#)", text)
     assert not re.search(r'\bhref="(?!#)', text)
     assert set(re.findall(r"https?://[^\"' ]*", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -120,13 +116,14 @@ def test_text_of_a_user_is_escaped(tmp_path):
 )
 def test_all_that_a_run_can_log_is_drawn(tmp_path, series):
     write_report([run(**series), run()], html=tmp_path / "report.html", png=tmp_path / "report.png")
-    assert (tmp_path / "report.html").read_text("utf-8").count("<svg ") == 6
+    assert (tmp_path / "report.html").read_text("utf-8").count("<svg ") == len(TITLES)
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_from_before_a_key_was_logged_is_shown_without_it(tmp_path):
     old = run(skipped_steps=[0, 0, 1])
     assert figures(old)["Outliers"] == "not logged"
+    assert figures(old)["Rejects"] == "not logged"
     assert figures(old)["Skipped steps"] == "1"
     write_report([old], html=tmp_path / "report.html")
     assert ">not logged</text>" in (tmp_path / "report.html").read_text("utf-8")
@@ -138,6 +135,7 @@ def test_figures_of_a_run_character_by_character():
         acceptance_rate=[1, 2 / 3, nan, nan],
         step_norm=[1.0, 0.0, 0.0, 0.0],
         trials=[1, 3, 0, 1],
+        rejects=[0, 5, 7, 7],
         skipped_steps=[0, 0, 0, 1],
         outlier_steps=[0, 0, 1, 1],
         loss=[3.0, 2.0, 1.5, nan],
@@ -147,7 +145,7 @@ def test_figures_of_a_run_character_by_character():
         "Last step": "3",
         "Radius": "1e-06 to 0.5, last 0.125",
         "Acceptance rate, last epoch": "0.667",
-        "Rejects in rows": "1",
+        "Rejects": "7",
         "Skipped steps": "1",
         "Outliers": "1",
         "Last loss": "train/loss 1.5",
@@ -155,27 +153,141 @@ def test_figures_of_a_run_character_by_character():
     assert figures(run())["Acceptance rate, last epoch"] == "no checks"
 
 
-def test_a_reject_is_a_row_with_trials_whose_step_did_not_move():
-    events = events_of(
-        run(
-            step_norm=[1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-            trials=[1, 3, 0, 1, 1, 4],
-            skipped_steps=[0, 0, 0, 1, 1, 1],
-            outlier_steps=[0, 0, 0, 0, 2, 2],
-        )
-    )
-    assert (events.rejects, events.skipped, events.outliers) == ([1, 5], [3], [4])
+def marks(**series):
+    """Return (steps, how many) of rejects, skipped steps and outliers."""
+    return [(kind.steps.tolist(), kind.total) for kind in events_of(run(**series))]
+
+
+def test_rejects_between_two_rows_are_marked_at_the_later_one_and_counted():
+    assert marks(rejects=[0, 2, 2, 5]) == [([1, 3], 5), ([], 0), ([], 0)]
+
+
+def test_in_a_log_without_a_count_a_reject_is_a_row_with_trials_whose_step_did_not_move():
+    assert marks(
+        step_norm=[1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        trials=[1, 3, 0, 1, 1, 4],
+        skipped_steps=[0, 0, 0, 1, 1, 1],
+        outlier_steps=[0, 0, 0, 0, 2, 2],
+    ) == [([1, 5], 2), ([3], 1), ([4], 2)]
+    assert figures(run(step_norm=[1.0, 0.0], trials=[1, 1]))["Rejects in rows"] == "1"
 
 
 def test_a_count_that_is_above_zero_in_the_first_row_has_grown():
-    assert increases([(4, 1), (9, 1), (14, 3)]) == [4, 14]
-    assert increases([]) == []
+    assert increases([(4, 1), (9, 1), (14, 3)]).tolist() == [4, 14]
+    assert increases([]).tolist() == []
 
 
 def test_extremes_and_last_values_pass_over_what_is_not_there():
     assert extremes([(0, nan), (1, -inf), (2, 3.0), (3, 1.0)]) == (1.0, 3.0)
     assert not any(isfinite(value) for value in extremes([(0, nan)]))
     assert last_known([(0, 1.0), (1, -inf), (2, nan)]) == -inf
+
+
+def test_points_are_in_the_order_of_steps_and_of_two_for_a_step_the_later_stands():
+    column = Column.of([3, 1, 3], [0.5, 1.5, 2.5])
+    assert list(column) == [(1, 1.5), (3, 2.5)]
+    assert (len(column), column[-1], list(column[:1]), repr(column)) == (
+        2,
+        (3, 2.5),
+        [(1, 1.5)],
+        "[(1, 1.5), (3, 2.5)]",
+    )
+
+
+def test_values_at_steps_are_nan_where_there_are_none():
+    assert at([(1, 5.0), (4, 6.0)], np.array([0, 1, 4, 9])).tolist() == pytest.approx([nan, 5, 6, nan], nan_ok=True)
+    assert at([], np.array([0])).tolist() == pytest.approx([nan], nan_ok=True)
+
+
+def test_a_thinned_line_keeps_every_peak_and_gap_and_its_end():
+    values = np.zeros(10_007)
+    values[[1234, 5678]] = 9.0, -9.0
+    values[4000:4500] = nan
+    steps, shown = thinned(Column(np.arange(10_007), values), 200)
+    assert len(steps) <= 300
+    assert (steps[-1], shown[steps == 1234], shown[steps == 5678]) == (10_006, 9.0, -9.0)
+    assert np.isnan(shown[(steps >= 4010) & (steps < 4490)]).all()
+    assert thinned([(0, 1.0), (1, inf)], 200)[1].tolist() == pytest.approx([1.0, nan], nan_ok=True)
+
+
+def test_marks_are_spread_over_the_whole_run():
+    steps = np.arange(0, 1_000_000, 3)
+    shown = spread(steps, 100)
+    assert len(shown) == 100
+    assert (shown[0], np.diff(shown).min() >= 9_999, np.diff(shown).max() <= 10_002) == (0, True, True)
+    assert spread(np.array([4, 9]), 100).tolist() == [4, 9]
+
+
+def long_log(path, rows=1200):
+    """Write a table with a row for each step and a row of validation for every hundredth; return its path."""
+    lines = ["epoch,fisher/max,step,train/loss,trust_region/radius,trust_region/rejects,val_loss"]
+    for step in range(rows):
+        lines.append(f"0,{9.0 if step == 601 else 1.0},{step},{step / 8},0.5,{step // 7},")
+        if step % 100 == 99:
+            lines.append(f"0,,{step},,,,{step / 16}")
+    path.mkdir()
+    (path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return path / "metrics.csv"
+
+
+def test_of_a_long_table_rows_are_left_out_evenly_and_counted_but_none_of_validation(tmp_path):
+    table = long_log(tmp_path / "run")
+    whole, none = read_csv(table)
+    assert none == 0
+    assert len(whole["trust_region/radius"]) == 1200
+    series, left_out = read_csv(table, most=300)
+    assert left_out == 900
+    assert list(series["train/loss"]) == list(whole["train/loss"])[::4]
+    assert list(series["val_loss"]) == list(whole["val_loss"]) == [(step, step / 16) for step in range(99, 1200, 100)]
+    run = Run("a", series, left_out)
+    assert figures(run)["Rows"] == "1200, 300 of them read"
+    assert figures(run)["Rejects"] == str(1196 // 7)
+
+
+def test_a_table_that_is_cut_off_or_holds_words_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,note,trust_region/radius\n0,a,0.5\n,b,0.25\n1,2.0,nan\n2,,\n3,c,0.1\n4")
+    series, _ = read_csv(tmp_path / "metrics.csv")
+    assert str(series) == "{'note': [(1, 2.0)], 'trust_region/radius': [(0, 0.5), (1, nan), (3, 0.1)]}"
+    (tmp_path / "metrics.csv").write_text("")
+    assert read_csv(tmp_path / "metrics.csv") == ({}, 0)
+
+
+def test_advice_of_a_long_run_is_that_of_evenly_spaced_rows():
+    series = {"trust_region/radius": Column(np.arange(45_000), np.full(45_000, 0.5))}
+    assert [report.step for _, report in replay(Run("a", series))] == list(range(1, 45_001, 5))
+
+
+def test_a_picture_of_a_long_run_is_not_larger_than_a_column_is_wide():
+    count = 300_000
+    steps, noise = np.arange(count), np.random.default_rng(0).random(count)
+    names = ("radius", "acceptance_ratio", "acceptance_rate", "predicted_reduction", "actual_reduction", "step_norm")
+    series = {f"trust_region/{name}": Column(steps, noise + 0.1) for name in names}
+    series |= {key: Column(steps, noise + 0.1) for key in ("fisher/mean", "fisher/max", "fisher/trace", "loss")}
+    series["trust_region/trials"] = Column(steps, np.ones(count))
+    for name in ("rejects", "skipped_steps", "outlier_steps"):
+        series[f"trust_region/{name}"] = Column(steps, np.arange(count) // 9.0)
+    assert sum(len(svg(panel, [Run("a", series)])) for panel in PANELS) < 1_500_000
+
+
+def test_a_point_of_the_model_is_a_check_with_a_row_of_its_own():
+    from matplotlib.figure import Figure
+
+    (panel,) = [panel for panel in PANELS if panel.title == "Actual over predicted reduction"]
+    axes = Figure().subplots()
+    assert panel.draw(
+        axes,
+        run(
+            trials=[1, 0, 2, 1, 1],
+            step_norm=[1.0, 1.0, 0.0, 1.0, 1.0],
+            predicted_reduction=[0.1, 0.1, 0.2, 0.0, 0.3],
+            actual_reduction=[0.05, 0.05, -0.4, 0.1, -inf],
+        ),
+    )
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert drawn["step taken"] == [[0.1, 0.05]]
+    assert drawn["rejected"] == [[0.2, -0.4]]
+    assert np.array_equal(*np.array(drawn["as predicted"]).T)
+    assert not panel.draw(Figure().subplots(), run(trials=[0, 0]))
 
 
 def test_losses_are_keys_whose_last_part_says_so_and_steps_go_before_their_mean():
