@@ -72,6 +72,7 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
             window.replays.append(replace(newest, start=start_of(module, window)))
         loss = closure()
         _enter(module, window, loss)
+        raw.before_clipping(scale=_compat.gradient_scale(module.trainer))
         return closure_loss(module, window, loss)
 
     raw = soaa_of(module.trainer)

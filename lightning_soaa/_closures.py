@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _compat
-from lightning_soaa._state import UNCHECKED_STEPS, numbers_of
 from lightning_soaa.optimizer import SOAA
 from lightning_soaa.trial import Start, own_containers, trial, versions
 
@@ -62,15 +61,9 @@ def soaa_of(trainer: Any) -> SOAA:
     return optimizer
 
 
-def check_due(optimizer: SOAA) -> bool:
-    """Return whether the optimizer's next step is a check."""
-    rule, head = optimizer.radius_rule, optimizer.param_groups[0]
-    return rule.needs_trial and rule.check_due(numbers_of(head), head[UNCHECKED_STEPS])
-
-
 def start_of(module: Any, window: Window) -> Start:
     """Return what the next micro-batch of a window starts from."""
-    return Start(module, replayed=check_due(soaa_of(module.trainer)), contents=not window.replays)
+    return Start(module, replayed=soaa_of(module.trainer).check_due, contents=not window.replays)
 
 
 def run_batch(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -112,6 +105,8 @@ def _optimize(
         loss = inner()
         if loss is not None:
             window.base = loss if window.base is None else window.base + loss
+        if not _compat.accumulating(trainer):
+            optimizer.before_clipping(scale=_compat.gradient_scale(trainer))
         return closure_loss(module, window, loss)
 
     if _compat.forward_only(trainer):

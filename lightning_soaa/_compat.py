@@ -231,6 +231,12 @@ def scales_gradients(trainer: Any) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
+def gradient_scale(trainer: Any) -> Any:
+    """Return what a gradient scaler has multiplied the gradients by, without waiting for the device; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler._scale
+
+
 def optimizer_step(trainer: Any, closure: Callable[[], Any]) -> None:
     """Call the hook ``optimizer_step``, which steps the LightningOptimizer, and count the step."""
     automatic_loop(trainer)._optimizer_step(trainer.fit_loop.epoch_loop.batch_idx, closure)

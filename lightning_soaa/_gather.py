@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket
+from lightning_soaa._bucket import Bucket, wide_dtype
 from lightning_soaa._checks import refuse
-from lightning_soaa._dist import local, over_shards, shards_of
+from lightning_soaa._dist import Shards, local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
 from lightning_soaa.fisher import AbstractFisher
 
@@ -43,6 +43,19 @@ def only_zeros(entries: Iterable[Entry]) -> bool:
         for _, param in entries
         if param.grad is not None
     )
+
+
+def gradient_size(entries: Sequence[Entry]) -> Tensor:
+    """Return the sum of absolute values of all gradients, over all shards, 0-d in the wide dtype."""
+    home = entries[0][1].device
+    parts: dict[Shards, list[Tensor]] = {}
+    for _, param in entries:
+        if param.grad is not None:
+            grad = _as_kept(local(param.grad), state_dtype(param.dtype))
+            part = torch.linalg.vector_norm(grad, 1).to(home, wide_dtype(home))
+            parts.setdefault(shards_of(param), []).append(part)
+    sums = [over_shards(torch.stack(listed).sum(), shards) for shards, listed in parts.items()]
+    return torch.stack(sums).sum()
 
 
 def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_soaa import _compat
 from lightning_soaa._checks import refuse
-from lightning_soaa._closures import check_due
 from lightning_soaa.optimizer import SOAA
 from lightning_soaa.trial import Start, trial
 
@@ -22,12 +22,13 @@ def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Ten
     def closure() -> Tensor:
         wrapped.zero_grad()
         if with_trials:
-            start.append(Start(module, replayed=check_due(soaa)))
+            start.append(Start(module, replayed=soaa.check_due))
         loss = loss_fn()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise TypeError(f"SOAAMixin: `loss_fn` must return a tensor of one element, got {kind}")
         module.manual_backward(loss)
+        soaa.before_clipping(scale=_compat.gradient_scale(module.trainer))
         losses.append(loss.detach())
         return losses[0]
 

@@ -54,6 +54,7 @@ class Proposal:
             the step.
         fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
             not `ok`; None if it was not asked for.
+        left: share of the gradients that clipping left, 0-d; None for all.
         sizes: one for each parameter group.
         square: squared norm of the step, weight decay apart, 0-d.
     """
@@ -67,6 +68,7 @@ class Proposal:
     scale: Tensor | None
     unit: Unit
     fresh: Tensor | None = None
+    left: Tensor | None = None
     sizes: Sequence[StepSize] = ()
     square: Tensor | None = None
 
@@ -126,6 +128,7 @@ def absorb(
     gate: Gate | None,
     slope: float,
     fisher_limits: bool,
+    left: Tensor | None = None,
 ) -> Proposal:
     """Let the Fisher absorb all gradients, unless one of them or the loss is not finite or far out (steps 1 and 3).
 
@@ -136,20 +139,21 @@ def absorb(
         gate: what the outlier gate knows, None for no gate.
         slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
         fisher_limits: whether the Fisher limits the step, or only the radius does.
+        left: share of the gradients that clipping left, 0-d; None for all.
     """
     blocks = [block for bucket in buckets for block in (divide(bucket) if fisher.elementwise else [bucket])]
     square = total([square_sum(block.grads, foreach=block.foreach) for block in blocks], blocks)
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
     fresh = None
     if slope:
-        fresh = fresh_slope(blocks, fisher).to(square.device) / slope
+        fresh = fresh_slope(blocks, fisher).to(square.device) / (slope if left is None else slope * left)
         fresh = fresh if ok is True else torch.where(torch.as_tensor(ok, device=square.device), fresh, nan)
     for block in blocks:
         fisher.update(block, allowed(ok, block.device))
         block.store()
     scale = fisher_scale(blocks, fisher) if fisher_limits else None
     unit = None if fisher_limits else gradient_rms(blocks, fisher)
-    return Proposal(buckets, blocks, base, ok, outlier, gate, scale, unit, fresh)
+    return Proposal(buckets, blocks, base, ok, outlier, gate, scale, unit, fresh, left)
 
 
 def admit(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[Tensor, Tensor, Gate | None]:

@@ -96,6 +96,7 @@ def search(
         attempt += 1
         radius = numbers[RADIUS]
         predicted = walk(proposal, radius, decay=False, reduction=linear_reduction)
+        predicted = predicted if proposal.left is None else predicted / proposal.left
         values = [proposal.base, trial_loss(), predicted, mean_square, repeat, proposal.ok, proposal.outlier]
         base, trial, promised, square, repeated, ok, outlier, *heard = read([*values, *pending], home)
         known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
 from lightning_soaa._checks import refuse
-from lightning_soaa._gather import Entry, ensure_state, find_gradients, only_zeros
+from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_size, only_zeros
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal, describe, read
 from lightning_soaa._step import LossClosure, Stepper
@@ -116,12 +116,19 @@ class SOAA(Optimizer):
         self._bound: tuple[LossClosure, Tensor | None] | None = None
         self._pending: tuple[Proposal, dict[str, Any]] | None = None
         self._report: StepReport | None = None
+        self._unclipped: Tensor | None = None
         self._unread = Unread()
 
     @property
     def radius(self) -> float:
         """Return the trust-region radius that the next step starts from."""
         return float(self.param_groups[0][keys.RADIUS])
+
+    @property
+    def check_due(self) -> bool:
+        """Return whether the next step is a check, for which a loss closure has to be at hand. Waits for no device."""
+        rule, head = self.radius_rule, self.param_groups[0]
+        return rule.needs_trial and rule.check_due(keys.numbers_of(head), head[keys.UNCHECKED_STEPS])
 
     @property
     def last_step(self) -> StepReport | None:
@@ -156,6 +163,21 @@ class SOAA(Optimizer):
         if not callable(loss_closure):
             refuse("SOAA", "loss_closure", "callable", loss_closure, TypeError)
         self._bound = (loss_closure, None if base_loss is None else scalar_loss("base_loss", base_loss))
+
+    @torch.no_grad()
+    def before_clipping(self, *, scale: Tensor | float = 1.0) -> None:
+        """Note the size of the gradients of the next step, after their backward pass, before they are clipped.
+
+        Predicted reductions rest on the slope of the loss, which is that of gradients before they are clipped. They are
+        divided by the share of the gradients' 1-norm that clipping leaves: exact where it scales all of them, an
+        estimate where it cuts off values. Costs a pass over the gradients on a check and on the step after one.
+
+        Args:
+            scale: what a gradient scaler has multiplied the gradients by, if it divides them before the step.
+        """
+        asked = self.check_due or self.param_groups[0][keys.CHECKED_SLOPE]
+        entries = find_gradients(self.param_groups) if asked else []
+        self._unclipped = gradient_size(entries) / scale if entries else None
 
     @torch.no_grad()
     def step(self, closure: LossClosure | None = None, *, loss_closure: LossClosure | None = None) -> Any:
@@ -226,8 +248,8 @@ class SOAA(Optimizer):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
-        before = self._unread
-        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule, before)
+        before, unclipped, self._unclipped = self._unread, self._unclipped, None
+        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule, before, unclipped)
         if check and base is not None and loss_closure is not None:
             proposal, numbers, known = stepper.checked(entries, base, loss_closure, numbers)
             heard = known.pop("heard")

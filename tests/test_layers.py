@@ -41,9 +41,9 @@ LAYERS = {
     "trial": ({"_checks", "_dist", "_holdings"}, FRONT),
     "_compat": ({"_checks"}, FRONT),
     "_setup": ({"_checks", "_compat", "_dist", "optimizer", "monitor"}, FRONT),
-    "_closures": ({"_checks", "_compat", "_state", "optimizer", "trial"}, FRONT),
+    "_closures": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
     "_automatic": ({"_compat", "_closures", "trial"}, FRONT),
-    "_manual": ({"_checks", "_closures", "optimizer", "trial"}, FRONT),
+    "_manual": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
     "module": (
         {"_checks", "_compat", "_setup", "_closures", "_automatic", "_manual", "optimizer", "trial", "monitor"},
         FRONT,

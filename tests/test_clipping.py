@@ -1,0 +1,141 @@
+"""Predicted reductions are those of gradients before they are clipped."""
+
+import pytest
+import torch
+from lightning_models import QUIET, Automatic, Mixed, fit
+from problems import Problem, assert_same
+
+from lightning_soaa import SOAA, RatioRadius
+
+pytestmark = QUIET
+
+
+class Clipped(Problem):
+    """A problem whose closure clips, and keeps the gradients as they were.
+
+    Args:
+        clip: takes parameters and clips their gradients; None for none.
+        note: whether the optimizer is told.
+    """
+
+    def __init__(self, clip, *, note=True, scale=1.0):
+        super().__init__("ratio")
+        self.clip, self.note, self.scale = clip, note, scale
+
+    def closure(self):
+        loss = super().closure()
+        self.whole = [p.grad.clone() for p in self.params]
+        for p in self.params:
+            p.grad *= self.scale
+        if self.note:
+            self.optimizer.before_clipping(scale=self.scale)
+        for p in self.params:
+            p.grad /= self.scale
+        if self.clip is not None:
+            self.clip(self.params)
+        return loss
+
+    def slope(self):
+        """Take a step; return ``-(g . s)`` of the whole gradient and the step, and the report."""
+        before = [p.detach().clone() for p in self.params]
+        self.step()
+        moves = [p.detach() - old for p, old in zip(self.params, before, strict=True)]
+        return -sum((g * s).sum() for g, s in zip(self.whole, moves, strict=True)).item(), self.optimizer.last_step
+
+
+def by_norm(params):
+    torch.nn.utils.clip_grad_norm_(params, 0.01)
+
+
+def by_value(params):
+    torch.nn.utils.clip_grad_value_(params, 0.01)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_predicted_reduction_is_the_slope_along_the_step_of_gradients_that_were_clipped_by_norm(scale):
+    problem, checked = Clipped(by_norm, scale=scale), 0
+    for _ in range(60):
+        head = problem.optimizer.param_groups[0]
+        due, trials = problem.optimizer.check_due, head["total_trials"]
+        slope, report = problem.slope()
+        if due and report.accepted and head["total_trials"] == trials + 1 and head["steps"] > 1:
+            assert report.predicted_reduction == pytest.approx(slope, rel=1e-9)
+            checked += 1
+    assert checked > 20
+
+
+def test_a_fresh_slope_is_that_of_gradients_before_they_are_clipped():
+    """With a constant gradient it is all of the slope that the step started from."""
+    x = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    weights = torch.arange(1.0, 6, dtype=torch.float64)
+    optimizer, clip = SOAA([x]), 1.0
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weights * x).sum()
+        loss.backward()
+        optimizer.before_clipping()
+        torch.nn.utils.clip_grad_norm_([x], clip)
+        return loss
+
+    for step in range(12):
+        clip = 1.0 if step % 2 else 0.01
+        optimizer.step(closure, loss_closure=lambda: (weights * x).sum())
+        report = optimizer.last_step
+        if step:
+            assert report.acceptance_ratio == pytest.approx(1, rel=1e-9)
+    assert optimizer.param_groups[0]["fresh_slope"] is None
+    optimizer.param_groups[0]["rule_phase"] = 0
+    clip = 0.3
+    optimizer.step(closure, loss_closure=lambda: (weights * x).sum())
+    optimizer.state_dict()
+    assert optimizer.param_groups[0]["fresh_slope"] == pytest.approx(1, rel=0.05)
+
+
+def test_values_cut_off_are_allowed_for_nearly():
+    def error(note):
+        problem, errors = Clipped(by_value, note=note), []
+        for _ in range(40):
+            due = problem.optimizer.check_due
+            slope, report = problem.slope()
+            if due and report.accepted and slope:
+                errors.append(abs(report.predicted_reduction / slope - 1))
+        return sum(errors) / len(errors)
+
+    assert error(note=True) < 0.35
+    assert error(note=False) > 0.6
+
+
+def test_noting_gradients_that_are_not_clipped_changes_no_bit():
+    assert_same(Clipped(None, note=False).run(60).facts(), Clipped(None).run(60).facts())
+
+
+def test_a_gradient_of_zeros_is_noted_without_harm():
+    problem = Clipped(None).run(5)
+    problem.spoil = 0.0
+    before = problem.run(1).facts()
+    assert all(bool(value.isfinite().all()) for value in before.values() if isinstance(value, torch.Tensor))
+
+
+def test_note_is_for_one_step_only():
+    noted = Clipped(by_norm).run(5)
+    plain = Clipped(by_norm).run(5)
+    noted.optimizer.before_clipping()
+    noted.optimizer.before_clipping(scale=3.0)
+    assert_same(plain.run(5).facts(), noted.run(5).facts())
+
+
+@pytest.mark.parametrize("kind", [Mixed, Automatic])
+def test_clipping_by_a_trainer_flag_leaves_acceptance_ratios_below_one(kind):
+    ratios = []
+
+    class Watched(kind):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+            report = self.optimizers().optimizer.last_step
+            if report.step > 2 and report.accepted:
+                ratios.append(report.acceptance_ratio)
+
+    fit(Watched(RatioRadius()), gradient_clip_val=1e-3, max_epochs=2)
+    assert len(ratios) >= 8
+    assert max(ratios) < 1.2
