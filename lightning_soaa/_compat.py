@@ -234,7 +234,8 @@ def scales_gradients(trainer: Any) -> bool:
 def gradient_scale(trainer: Any) -> Any:
     """Return what a gradient scaler has multiplied the gradients by, without waiting for the device; 1 without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler._scale
+    scale = getattr(scaler, "_scale", None)  # a scaler that is disabled has none
+    return 1.0 if scale is None else scale
 
 
 def optimizer_step(trainer: Any, closure: Callable[[], Any]) -> None:

@@ -45,17 +45,40 @@ def only_zeros(entries: Iterable[Entry]) -> bool:
     )
 
 
-def gradient_size(entries: Sequence[Entry]) -> Tensor:
-    """Return the sum of absolute values of all gradients, over all shards, 0-d in the wide dtype."""
-    home = entries[0][1].device
-    parts: dict[Shards, list[Tensor]] = {}
+def gradient_sizes(entries: Iterable[Entry], scale: Tensor | float = 1.0) -> dict[Tensor, Tensor]:
+    """Return by parameter the sum of absolute values of what this rank holds of its gradient, over `scale`, 0-d."""
+    sizes = {}
     for _, param in entries:
         if param.grad is not None:
             grad = _as_kept(local(param.grad), state_dtype(param.dtype))
-            part = torch.linalg.vector_norm(grad, 1).to(home, wide_dtype(home))
-            parts.setdefault(shards_of(param), []).append(part)
-    sums = [over_shards(torch.stack(listed).sum(), shards) for shards, listed in parts.items()]
-    return torch.stack(sums).sum()
+            size = torch.linalg.vector_norm(grad, 1).to(wide_dtype(grad.device))
+            sizes[param] = size / (scale.to(size.device) if isinstance(scale, Tensor) else scale)
+    return sizes
+
+
+def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return the share of gradients that clipping left, over all shards, 0-d; 1 where there is no telling.
+
+    Parameters whose gradient is gone, or zero, have been left out, not clipped: the step does not go along them.
+
+    Args:
+        before: :func:`gradient_sizes` before clipping.
+        after: the same after it.
+    """
+    parts: dict[Shards, list[Tensor]] = {}
+    for param, size in after.items():
+        if param in before:
+            pair = torch.stack([size, torch.where(size > 0, before[param].to(size.device), 0.0)])
+            parts.setdefault(shards_of(param), []).append(pair)
+    if not parts:
+        return torch.ones(())
+    home = next(iter(parts.values()))[0].device
+    sums = [
+        over_shards(torch.stack([pair.to(home) for pair in pairs]).sum(0), shards) for shards, pairs in parts.items()
+    ]
+    left, whole = torch.stack(sums).sum(0)
+    share: Tensor = left / whole
+    return torch.where((share > 0) & share.isfinite(), share, 1.0)
 
 
 def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:

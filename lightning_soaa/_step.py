@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _state as keys
-from lightning_soaa._gather import Entry, ensure_state, gather, gradient_size
+from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
 from lightning_soaa._proposal import Proposal, absorb, step_sizes, walk
 from lightning_soaa._state import Snapshot
@@ -32,7 +32,7 @@ class Stepper:
         rule: its radius rule.
         fisher: its Fisher estimate.
         unread: what the host has not heard of.
-        unclipped: size of the gradients before they were clipped, 0-d, or None if it is not known.
+        unclipped: sizes of the gradients before they were clipped, or None if they are not known.
     """
 
     groups: list[dict[str, Any]]
@@ -41,7 +41,7 @@ class Stepper:
     rule: AbstractRadius
     fisher: AbstractFisher
     unread: Unread
-    unclipped: Tensor | None = None
+    unclipped: dict[Tensor, Tensor] | None = None
 
     def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
         """Update the moments where nothing is wrong with the gradient and return what can be proposed."""
@@ -49,9 +49,7 @@ class Stepper:
         head, home = self.groups[0], entries[0][1].device
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
-        left = None
-        if self.unclipped is not None:  # not asked for a gradient of zeros
-            left = torch.where(self.unclipped > 0, gradient_size(entries) / self.unclipped, 1.0)
+        left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
         buckets = gather(entries, self.groups, self.state)
         slope, fisher_limits = head[keys.CHECKED_SLOPE], self.rule.fisher_limits
         return absorb(buckets, base, self.fisher, gate=gate, slope=slope, fisher_limits=fisher_limits, left=left)

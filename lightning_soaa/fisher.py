@@ -28,8 +28,10 @@ SQUARE = "v"
 
 Unit: TypeAlias = Tensor | float | None
 
-# Keeps the first tensor where the second is above a bound, zero elsewhere. It has no branch, torch.where has one an
-# entry: on a CPU that is ten times as slow where signs are random.
+SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+# Zero where the second tensor is at or below a bound, the first tensor elsewhere. It has no branch; torch.where has one
+# an entry, which on a CPU takes ten times as long where signs are random.
 keep_above = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -64,6 +66,11 @@ def update_moments_foreach(
     torch._foreach_addcmul_(v, clean, clean, value=1 - beta2)
 
 
+def representable(shift: float | Tensor) -> float | Tensor:
+    """Return what is added to denominators, no less than a float32 can hold: beside 0, it must not vanish."""
+    return shift.clamp_min(SMALLEST) if isinstance(shift, Tensor) else max(shift, SMALLEST)
+
+
 def box_direction(
     m: list[Tensor],
     v: list[Tensor],
@@ -95,14 +102,14 @@ def box_direction(
         The direction u for each tensor, newly allocated; the step is ``-lr u``.
     """
     root = 1.0 if scale is not None else correction2**0.5
-    factor, directions = gated(ok, radius * root / correction1, 0.0), []
+    factor, shift, directions = gated(ok, radius * root / correction1, 0.0), representable(eps * root), []
     for first, second in zip(m, v, strict=True):
         if scale is None:
             denominator = second.sqrt()
         else:
             corrected = second / correction2
             denominator = torch.maximum(corrected.sqrt(), corrected.mul_(scale * radius))
-        denominator.add_(eps * root)
+        denominator.add_(shift)
         directions.append((first / denominator).mul_(factor))
     return directions
 
@@ -128,7 +135,7 @@ def box_direction_foreach(
         torch._foreach_mul_(corrected, scale * radius)
         torch._foreach_maximum_(denominators, corrected)
     # A 0-d tensor without `alpha` is taken for a number, which the host would wait for.
-    torch._foreach_add_(denominators, eps * root, **({"alpha": 1} if isinstance(eps, Tensor) else {}))
+    torch._foreach_add_(denominators, representable(eps * root), **({"alpha": 1} if isinstance(eps, Tensor) else {}))
     directions = torch._foreach_div(m, denominators)
     torch._foreach_mul_(directions, gated(ok, radius * root / correction1, 0.0))
     return list(directions)
@@ -137,7 +144,7 @@ def box_direction_foreach(
 def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Set to zero the coordinates on which a direction does not descend (arXiv 2411.16085; modified in place).
 
-    Also those whose gradient is nan.
+    Those whose gradient is nan stay.
     """
     for direction, grad in zip(directions, grads, strict=True):
         keep_above(direction, direction * grad, 0.0, grad_input=direction)

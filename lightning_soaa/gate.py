@@ -69,7 +69,7 @@ def _followed(
     moved = (0.0 if outlier else gap) if far else max(newest, MEAN_SHARE) * gap
     if seen > 0:  # the first of them has nothing to deviate from
         share, bounded = max(newest, VARIANCE_SHARE), min(max(gap, -limit), limit) if far else gap
-        variance = (1 - share) * (variance + share * bounded**2)
+        variance = (1 - share) * (variance + share * (bounded * bounded))
     return seen + (not outlier), mean + moved, variance
 
 

@@ -106,6 +106,25 @@ def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(good, new, basis), torch.where(good, order, torch.arange(len(order), device=order.device))
 
 
+def refresh(state: dict[str, Tensor], side: int, ok: Tensor | None) -> None:
+    """Turn one basis of a parameter, and both moments with it, where `ok` and where the result is finite.
+
+    Args:
+        state: the parameter's, modified in place.
+        side: 0 for rows, 1 for columns.
+        ok: 0-d bool; None for true.
+    """
+    factor, basis = SIDES[side]
+    turned, order = refreshed(state[factor], state[basis])
+    turns = (turned != state[basis]).any()
+    turns = turns if ok is None else turns & ok
+    change = turned.T @ state[basis]
+    moment, square = (as_matrix(state[key]) for key in (MOMENT, SQUARE))
+    moment = change @ moment if side == 0 else moment @ change.T
+    for key, new in ((basis, turned), (MOMENT, moment), (SQUARE, square.index_select(side, order))):
+        state[key].copy_(torch.where(turns, new.reshape(state[key].shape), state[key]))
+
+
 def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callable[Concatenate[Any, Bucket, P], T]:
     """Return a method of a bucket that multiplies matrices in their own dtype, whatever the caller's autocast says."""
 
@@ -125,9 +144,10 @@ class KroneckerFisher(AbstractFisher):
     count as matrices of output channels by all else; vectors, scalars and sides longer than `max_dim` are not rotated.
 
     At the first gradient of a rotated parameter its bases are made, from that gradient alone; it is absorbed, but the
-    parameter does not move. Later a basis takes one step of orthogonal iteration every `refresh_every` steps, one
-    parameter after the other, so that no step bears the cost of all. A coordinate moves no further than the radius,
-    also while its second moment is still that of the basis before.
+    parameter does not move. (If that gradient is left out, bases turn from the parameter's own coordinates.) Later a
+    basis takes one step of orthogonal iteration every `refresh_every` steps, one parameter after the other, so that no
+    step bears the cost of all. A coordinate moves no further than the radius, also while its second moment is still that
+    of the basis before.
 
     Args:
         max_dim: longest side that is rotated, >= 1 (default: 256).
@@ -199,13 +219,7 @@ class KroneckerFisher(AbstractFisher):
                 new = first_basis(state[factor])
                 state[basis].copy_(new if ok is None else torch.where(ok, new, state[basis]))
             elif due:
-                turned, order = refreshed(state[factor], state[basis])
-                change = turned.T @ state[basis]
-                state[basis].copy_(turned)
-                moment = state[MOMENT].reshape(matrix.shape)
-                state[MOMENT].copy_((change @ moment if side == 0 else moment @ change.T).reshape(clean.shape))
-                square = state[SQUARE].reshape(matrix.shape)
-                state[SQUARE].copy_(square.index_select(side, order).reshape(clean.shape))
+                refresh(state, side, ok)
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
 from lightning_soaa._checks import refuse
-from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_size, only_zeros
+from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, only_zeros
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal, describe, read
 from lightning_soaa._step import LossClosure, Stepper
@@ -116,7 +116,7 @@ class SOAA(Optimizer):
         self._bound: tuple[LossClosure, Tensor | None] | None = None
         self._pending: tuple[Proposal, dict[str, Any]] | None = None
         self._report: StepReport | None = None
-        self._unclipped: Tensor | None = None
+        self._unclipped: dict[Tensor, Tensor] | None = None
         self._unread = Unread()
 
     @property
@@ -170,14 +170,14 @@ class SOAA(Optimizer):
 
         Predicted reductions rest on the slope of the loss, which is that of gradients before they are clipped. They are
         divided by the share of the gradients' 1-norm that clipping leaves: exact where it scales all of them, an
-        estimate where it cuts off values. Costs a pass over the gradients on a check and on the step after one.
+        estimate where it cuts off values. A parameter whose gradient is dropped or zeroed afterwards does not count;
+        one of which a part is zeroed counts as clipped. Costs a pass over the gradients on a check and on the next step.
 
         Args:
             scale: what a gradient scaler has multiplied the gradients by, if it divides them before the step.
         """
         asked = self.check_due or self.param_groups[0][keys.CHECKED_SLOPE]
-        entries = find_gradients(self.param_groups) if asked else []
-        self._unclipped = gradient_size(entries) / scale if entries else None
+        self._unclipped = gradient_sizes(find_gradients(self.param_groups), scale) if asked else None
 
     @torch.no_grad()
     def step(self, closure: LossClosure | None = None, *, loss_closure: LossClosure | None = None) -> Any:

@@ -1,5 +1,7 @@
 """Predicted reductions are those of gradients before they are clipped."""
 
+import math
+
 import pytest
 import torch
 from lightning_models import QUIET, Automatic, Mixed, fit
@@ -108,6 +110,35 @@ def test_values_cut_off_are_allowed_for_nearly():
 
 def test_noting_gradients_that_are_not_clipped_changes_no_bit():
     assert_same(Clipped(None, note=False).run(60).facts(), Clipped(None).run(60).facts())
+
+
+@pytest.mark.parametrize("drop", ["none", "zero"])
+def test_a_parameter_whose_gradient_is_dropped_after_noting_counts_as_left_out_not_as_clipped(drop):
+    def run(note):
+        problem = Clipped(None, note=note)
+
+        def dropped(params):
+            params[0].grad = None if drop == "none" else torch.zeros_like(params[0])
+
+        problem.clip = dropped
+        return problem.run(60).facts()
+
+    assert_same(run(note=False), run(note=True))
+
+
+def test_a_gradient_that_was_infinite_before_clipping_leaves_no_infinite_prediction():
+    problem = Clipped(by_value).run(5)
+    inner = problem.loss
+
+    def loss():
+        spike = problem.params[3] - problem.params[3].detach()
+        return inner() + spike.clamp_min(0).sqrt()  # 0, with an infinite slope
+
+    problem.loss = loss
+    report = problem.run(1).optimizer.last_step
+    assert not all(bool(grad.isfinite().all()) for grad in problem.whole)
+    assert math.isfinite(report.predicted_reduction)
+    assert math.isfinite(problem.optimizer.param_groups[0]["checked_slope"])
 
 
 def test_a_gradient_of_zeros_is_noted_without_harm():

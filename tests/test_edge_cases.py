@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import RULES, Problem, assert_same
+from problems import RULES, Problem, assert_same, drive
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius, StepReport
@@ -717,3 +717,12 @@ def test_statistics_are_nan_when_nothing_has_coordinates(rule):
         assert math.isnan(getattr(report, name)), name
     assert (report.step, report.skipped) == (1, False)
     assert math.isfinite(optimizer.radius)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_the_smallest_eps_leaves_no_nan_beside_zero_gradients_in_float32(foreach):
+    x = torch.nn.Parameter(torch.ones(3))
+    optimizer = SOAA([x], eps=1.2e-38, foreach=foreach)
+    drive(optimizer, lambda: (x[:2] * 1e-9).sum(), 12)
+    assert x.isfinite().all()
+    assert x[2] == 1

@@ -352,3 +352,9 @@ def test_a_poisoned_batch_costs_next_to_nothing(kind):
         both.run(30)
         both.batch = 0
     assert problem.loss().item() == pytest.approx(clean.loss().item(), rel=0.05)
+
+
+def test_losses_whose_squares_overflow_are_let_in():
+    out, known = decisions([1.0] * 8, [0.0, 1e160, -1e160, 1e200, 0.0, 1.0, 2.0, 3.0])
+    assert not any(out)
+    assert known[6].isinf()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import assert_same, drive
+from problems import Problem, assert_same, drive
 from torch import nn
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
@@ -371,3 +371,14 @@ def test_reports_hold_statistics_in_the_bases(rule):
     second = optimizer.state[x]["v"] / (1 - optimizer.param_groups[0]["betas"][1] ** 20)
     assert report.fisher_min / report.fisher_max == pytest.approx(float(second.min() / second.max()), rel=1e-9)
     assert report.step_norm > 0
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_step_that_is_skipped_turns_nothing(request, accelerated):
+    if accelerated:
+        request.getfixturevalue("accelerator")
+    problem = Problem(FixedRadius(0.01), fisher=KroneckerFisher(refresh_every=1)).run(5)
+    before = {key: value for key, value in problem.facts().items() if isinstance(value, torch.Tensor)}
+    problem.spoil = math.nan
+    after = problem.run(3).facts()
+    assert_same(before, {key: after[key] for key in before})

@@ -171,3 +171,9 @@ def test_one_and_one_epochs_are_two(tmp_path):
     scales = [run.trainer.precision_plugin.state_dict() for run in (whole, resumed)]
     assert scales[0] == scales[1]
     assert scales[0]["scale"] > 128
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scaler_that_is_disabled_scales_nothing(mode):
+    flag = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", enabled=False))}
+    assert_same(train(lambda: Net(FixedRadius()), **flag).facts(), train(lambda: MODES[mode](ACCEPT), **flag).facts())
