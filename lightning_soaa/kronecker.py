@@ -146,8 +146,8 @@ class KroneckerFisher(AbstractFisher):
     At the first gradient of a rotated parameter its bases are made, from that gradient alone; it is absorbed, but the
     parameter does not move. (If that gradient is left out, bases turn from the parameter's own coordinates.) Later a
     basis takes one step of orthogonal iteration every `refresh_every` steps, one parameter after the other, so that no
-    step bears the cost of all. A coordinate moves no further than the radius, also while its second moment is still that
-    of the basis before.
+    step bears the cost of all. A coordinate moves no further than the radius, also while its second moment is still
+    that of the basis before.
 
     Args:
         max_dim: longest side that is rotated, >= 1 (default: 256).
