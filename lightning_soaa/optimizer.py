@@ -171,7 +171,7 @@ class SOAA(Optimizer):
         Predicted reductions rest on the slope of the loss, which is that of gradients before they are clipped. They are
         divided by the share of the gradients' 1-norm that clipping leaves: exact where it scales all of them, an
         estimate where it cuts off values. A parameter whose gradient is dropped or zeroed afterwards does not count;
-        one of which a part is zeroed counts as clipped. Costs a pass over the gradients on a check and on the step after.
+        one of which a part is zeroed counts as clipped. Costs a pass over the gradients on a check and the step after.
 
         Args:
             scale: what a gradient scaler has multiplied the gradients by, if it divides them before the step.
