@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 QUIET_LINES = ("[Gloo]", "[W")
 
 
@@ -73,3 +75,9 @@ def run_ranks(script, *args, folder, ranks=2, seconds=150):
     ]
     codes = wait(processes, seconds)
     assert codes == [0] * ranks, "\n".join(f"{log.name}:\n{log.read_text()[-4000:]}" for log in logs)
+
+
+def of_ranks(script, folder, *, ranks=2, seconds=150):
+    """Run `script` once a rank with `folder` as its argument; return what each has saved there as ``<rank>.pt``."""
+    run_ranks(script, folder, folder=folder, ranks=ranks, seconds=seconds)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

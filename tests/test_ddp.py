@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_models import ACCEPT, QUIET, Automatic, Mixed, Net, assert_same, fit, loader, make_trainer, seed
-from processes import group_lives, run_ranks, start, stop
+from processes import group_lives, of_ranks, start, stop
 from torch import nn
 
 from lightning_soaa import FixedRadius, RatioRadius
@@ -222,8 +222,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What both ranks came to."""
-    run_ranks(__file__, folder, folder=folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return of_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODULES if kind != "stock"])

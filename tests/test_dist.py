@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from problems import Problem
-from processes import run_ranks
+from processes import of_ranks
 
 from lightning_soaa import DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
 
@@ -64,8 +64,7 @@ def run_rank(rank, folder):
 def ranks(tmp_path_factory):
     """What both ranks came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, folder, folder=folder, seconds=60)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return of_ranks(__file__, folder, seconds=60)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_models import ACCEPT, BATCH, QUIET, assert_same, fit, seed
-from processes import run_ranks
+from processes import of_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,8 +164,7 @@ def job(folder):
 def ranks(tmp_path_factory):
     """What both ranks came to."""
     folder = tmp_path_factory.mktemp("fsdp")
-    run_ranks(__file__, folder, folder=folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return of_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize("rule", RULES)

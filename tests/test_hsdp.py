@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_models import ACCEPT, QUIET, assert_same, fit, seed
-from processes import run_ranks
+from processes import of_ranks
 from test_fsdp import Layers, MixedNet, ddp
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,8 +86,7 @@ def job(folder):
 def ranks(tmp_path_factory):
     """What all four ranks came to."""
     folder = tmp_path_factory.mktemp("hsdp")
-    run_ranks(__file__, folder, folder=folder, ranks=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return of_ranks(__file__, folder, ranks=RANKS)
 
 
 def test_run_is_the_same_on_all_ranks_after_every_step(ranks):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_models import ACCEPT, QUIET, Adversaries, ProtectedAdversaries, assert_same, fit, loader, seed
-from processes import run_ranks
+from processes import of_ranks
 
 from lightning_soaa import FixedRadius, RatioRadius
 
@@ -86,8 +86,7 @@ def job():
 def ranks(tmp_path_factory):
     """What both ranks came to."""
     folder = tmp_path_factory.mktemp("manual_ddp")
-    run_ranks(__file__, folder, folder=folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return of_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize("kind", ["soaa_step", "soaa_step, checked"])

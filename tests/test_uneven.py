@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_models import ACCEPT, QUIET, Automatic, Mixed, OwnLoop, fit, loader, seed
-from processes import run_ranks
+from processes import of_ranks
 from torch.distributed.algorithms.join import Join
 
 from lightning_soaa import RatioRadius
@@ -59,8 +59,7 @@ def job(rank):
 def ranks(tmp_path_factory):
     """What both ranks came to."""
     folder = tmp_path_factory.mktemp("uneven")
-    run_ranks(__file__, folder, folder=folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return of_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize("name", LEFT)
