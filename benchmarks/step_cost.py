@@ -42,7 +42,7 @@ def _soaa(params: list[nn.Parameter], *, interval: int, **options: object) -> St
     head, loss, lower = optimizer.param_groups[0], torch.tensor(1.0), torch.tensor(1.0 - 1e-9)
 
     def step() -> None:
-        head.update({"rule_phase": 0, "rule_steady": 0.0, "radius": 1e-6, "rule_scale": 1.0})
+        head.update({"rule_phase": 0, "rule_steady": 0.0, "radius": 1e-6, "rule_scale": 1.0, "gradient_rms": 1.0})
         optimizer.step(lambda: loss, loss_closure=lambda: lower)
 
     return step

@@ -1,4 +1,4 @@
-"""Tensors that are stepped together, and sums over them."""
+"""Tensors that are stepped together, and the memory that they are worked on in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._dist import Shards
+from lightning_soaa._sums import on_host
 
 # Entries worked on at a time: on a CPU three float32 temporaries of them fit its last cache (they take 3 MB); elsewhere
 # they take 400 MB.
 CACHED, BOUNDED = 2**18, 2**25
 # Tensors of no more entries are worked on together, where copies of them cost less than an operation on each.
 SMALL = 2**14
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which scalars are kept on `device`: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
@@ -31,6 +27,7 @@ class Bucket:
         beta2: decay of the second moment.
         eps: the constant of steps 3 and 5.
         foreach: whether the ``_foreach`` form is used.
+        fused: whether a fused kernel may be used.
         params: the parameters, as real tensors of any shape.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
@@ -38,7 +35,8 @@ class Bucket:
         shards: the process groups over which the coordinates are spread; the tensors here are this rank's part.
         coordinates: their number, over all shards; of the parts of a bucket the first has that of all.
         rotated: the gradients in the coordinates of the Fisher, where these are its own; zero where left out.
-        packed: the state itself, where `grads` and `state` are one flat copy of many small tensors each.
+        flat: `grads` and `state` are one flat tensor for many small ones each.
+        packed: of these, the state itself, where it is no view of it.
     """
 
     group: int
@@ -47,6 +45,7 @@ class Bucket:
     beta2: float
     eps: float
     foreach: bool
+    fused: bool = False
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -54,6 +53,7 @@ class Bucket:
     shards: Shards = ()
     coordinates: int = 0
     rotated: list[Tensor] = field(default_factory=list)
+    flat: bool = False
     packed: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -81,19 +81,18 @@ class Bucket:
         """Return whether to use multi-tensor operations, which agree bit for bit with a for-loop."""
         return self.foreach and len(self.grads) > 1
 
-    def spread(self, flat: list[Tensor]) -> list[Tensor]:
+    def tentative(self) -> "Bucket":
+        """Return the bucket with a copy of its state, for a step that may be undone."""
+        return replace(self, state={name: [kept.clone() for kept in tensors] for name, tensors in self.state.items()})
+
+    def spread(self, like_grads: list[Tensor]) -> list[Tensor]:
         """Return tensors like the gradients here as tensors like the parameters, which share their memory."""
-        return list(unflatten(flat[0], self.params)) if self.packed else flat
+        return unflatten(like_grads[0], self.params) if self.flat else like_grads
 
     def store(self) -> None:
-        """Bring what has been done to packed state to the state itself."""
+        """Bring what has been done to copies of small tensors of the state to the state itself."""
         for name, tensors in self.packed.items():
             torch._foreach_copy_(tensors, unflatten(self.state[name][0], tensors))
-
-
-def on_host(device: torch.device) -> bool:
-    """Return whether the host reads tensors of `device` without waiting for it."""
-    return device.type == "cpu"
 
 
 def block_size(device: torch.device) -> int:
@@ -104,8 +103,8 @@ def block_size(device: torch.device) -> int:
 def divide(bucket: Bucket) -> list[Bucket]:
     """Return a bucket in parts of at most :func:`block_size` entries, as far as its tensors can be divided.
 
-    What is formed between two passes over a block stays small, on a CPU in its cache. There small tensors are packed
-    into flat ones, too: for them an operation costs more than its work.
+    What is formed between two passes over a block stays small, on a CPU in its cache. There small tensors are worked
+    on as one, too, since for them an operation costs more than its work: in a copy, unless they lie side by side.
     """
     host = on_host(bucket.device)
     most, small = block_size(bucket.device), SMALL if host else -1
@@ -127,10 +126,42 @@ def divide(bucket: Bucket) -> list[Bucket]:
                 tensors.append(tensor)
     for block in blocks:
         if len(block.params) > 1 and block.params[0].numel() <= small:
-            block.packed = block.state
-            block.grads = [flatten(block.grads)]
-            block.state = {name: [flatten(tensors)] for name, tensors in block.packed.items()}
+            whole = {name: one_view(tensors) for name, tensors in block.state.items()}
+            block.flat, block.grads = True, [flatten(block.grads)]
+            block.packed = {name: tensors for name, tensors in block.state.items() if whole[name] is None}
+            block.state = {
+                name: [flatten(tensors) if (view := whole[name]) is None else view]
+                for name, tensors in block.state.items()
+            }
     return blocks
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with their small contiguous ones on the host moved into one memory for each dtype, in order."""
+    kinds: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if type(tensor) is Tensor and on_host(tensor.device) and tensor.numel() <= SMALL and tensor.is_contiguous():
+            kinds.setdefault(tensor.dtype, []).append(index)
+    moved = list(tensors)
+    for places in kinds.values():
+        small = [tensors[index] for index in places]
+        for index, view in zip(places, unflatten(flatten(small), small), strict=True):
+            moved[index] = view
+    return moved
+
+
+def one_view(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return contiguous tensors that lie side by side in one memory, in order, as one flat tensor; None for others."""
+    first, *others = [tensor for tensor in tensors if tensor.numel()] or tensors[:1]
+    end = first.data_ptr() + first.nbytes
+    for tensor in others:
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    memory = first.untyped_storage()
+    if end > memory.data_ptr() + memory.nbytes() or not first.is_contiguous():
+        return None
+    return first.as_strided(((end - first.data_ptr()) // first.element_size(),), (1,))
 
 
 def pieces(tensors: Sequence[Tensor], most: int) -> list[Sequence[Tensor]]:
@@ -150,36 +181,3 @@ def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return views of what :func:`flatten` made of tensors of the shapes of `like`."""
     views: list[Tensor] = list(torch._utils._unflatten_dense_tensors(flat, like))  # type: ignore[no-untyped-call]
     return views
-
-
-def square_sum(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
-    """Return the sum of squares of all entries, 0-d in the wide dtype; norms are formed in float32 at least."""
-    dtype = torch.float32 if tensors[0].dtype.itemsize < 4 else None
-    if foreach and len(tensors) > 1:
-        parts = torch._foreach_norm(list(tensors), 2, dtype)
-    else:
-        parts = tuple(torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors)
-    norms = stacked(parts).to(wide_dtype(tensors[0].device))
-    return (norms * norms).sum()
-
-
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Return 0-d tensors as one, of which only the sum is wanted."""
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts))
-
-
-def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Return ``sum_i <left_i, right_i>`` as a 0-d tensor in the wide dtype."""
-    parts = [(a * b).sum() for a, b in zip(left, right, strict=True)]
-    return stacked(parts).to(wide_dtype(left[0].device)).sum()
-
-
-def gated(ok: Tensor | None, value: float, otherwise: float) -> Tensor | float:
-    """Return `value` where `ok` and `otherwise` elsewhere, 0-d in the wide dtype, without reading `ok` on the host.
-
-    None is what the host knows to be true: `value`.
-    """
-    if ok is None:
-        return value
-    wide = torch.full((), value, dtype=wide_dtype(ok.device), device=ok.device)
-    return torch.where(ok, wide, otherwise)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import wide_dtype
 from lightning_soaa._checks import refuse
 from lightning_soaa._rows import Monitored, is_kind
+from lightning_soaa._sums import wide_dtype
 from lightning_soaa.fisher import SQUARE
 from lightning_soaa.report import StepReport
 

@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, wide_dtype
+from lightning_soaa._bucket import Bucket, side_by_side
 from lightning_soaa._checks import refuse
-from lightning_soaa._dist import Shards, local, over_shards, shards_of
+from lightning_soaa._dist import local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
+from lightning_soaa._sums import total, wide_dtype
 from lightning_soaa.fisher import AbstractFisher
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
+
+# Where torch has its fused AdamW kernel for all dtypes of moments.
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
@@ -65,27 +69,39 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
         before: :func:`gradient_sizes` before clipping.
         after: the same after it.
     """
-    parts: dict[Shards, list[Tensor]] = {}
+    pairs, shards = [], []
     for param, size in after.items():
         if param in before:
-            pair = torch.stack([size, torch.where(size > 0, before[param].to(size.device), 0.0)])
-            parts.setdefault(shards_of(param), []).append(pair)
-    if not parts:
+            pairs.append(torch.stack([size, torch.where(size > 0, before[param].to(size.device), 0.0)]))
+            shards.append(shards_of(param))
+    if not pairs:
         return torch.ones(())
-    home = next(iter(parts.values()))[0].device
-    sums = [
-        over_shards(torch.stack([pair.to(home) for pair in pairs]).sum(0), shards) for shards, pairs in parts.items()
-    ]
-    left, whole = torch.stack(sums).sum(0)
+    left, whole = total(pairs, shards)
     share: Tensor = left / whole
     return torch.where((share > 0) & share.isfinite(), share, 1.0)
 
 
 def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
     """Give every parameter that has none its fresh state (`state` is modified in place)."""
-    for _, param in entries:
-        if not state[param]:
-            state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
+    fresh = [param for _, param in entries if not state[param]]
+    kept = [fisher.init(as_real(param), state_dtype(param.dtype)) for param in fresh]
+    lay_out(kept, fisher)
+    for param, each in zip(fresh, kept, strict=True):
+        state[param].update({STEP: 0, **each})
+
+
+def lay_out(states: Sequence[dict[str, Any]], fisher: AbstractFisher) -> None:
+    """Move small tensors side by side where they are worked on as one (`states`, of the same keys, modified)."""
+    for name in states[0] if states and fisher.elementwise else ():
+        if isinstance(states[0][name], Tensor):
+            for each, tensor in zip(states, side_by_side([each[name] for each in states]), strict=True):
+                each[name] = tensor
+
+
+def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:
+    """Return whether a group uses the fused kernel; it is the default where the device has it."""
+    wanted = group["foreach"] is None if group["fused"] is None else group["fused"]
+    return wanted and device.type in FUSED_DEVICES
 
 
 def gather(
@@ -108,12 +124,15 @@ def gather(
         bucket = buckets.get(key)
         if bucket is None:
             beta1, beta2 = group["betas"]
-            foreach = group["foreach"] is not False
-            bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach)
+            foreach, fused = group["foreach"] is not False, has_fused(group, param.device)
+            bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach, fused)
             bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
             buckets[key] = bucket
         grad = _as_kept(grad if plain else local(grad), state_dtype(param.dtype))
-        bucket.params.append(as_real(param if plain else local(param)))
+        real = as_real(param if plain else local(param))
+        if real.is_contiguous():
+            grad = grad.contiguous()
+        bucket.params.append(real)
         bucket.coordinates += param.numel() * (2 if param.is_complex() else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
         for name, value in kept.items():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import wide_dtype
 from lightning_soaa._dist import mean_over_ranks
+from lightning_soaa._sums import wide_dtype
 
 # Rounding of a loss is forgiven up to this many units in its last place.
 LOSS_ULPS = 8

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._checks import check_between, check_nonnegative, check_positive, refuse
+from lightning_soaa._moments import SMALLEST
 from lightning_soaa.radius import AbstractRadius, Numbers
 
 # Per parameter, always saved, beside the tensors of the Fisher. A plain int: gradients absorbed so far.
 STEP = "step"
 
 # Every group, options.
-OPTIONS = ("lr", "betas", "eps", "weight_decay", "foreach", "maximize")
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "foreach", "fused", "maximize")
 BASE_LR = "base_lr"  # lr the group came with; schedulers move lr away from it
 GROUP_RADIUS = "group_radius"  # bound of the group's step in units of the parameters, of the last step
 
@@ -37,6 +38,7 @@ REPEAT_GAP = "repeat_gap"  # None before the first check
 CHECKED_SLOPE = "checked_slope"  # predicted reduction of the last step if the next gradient is held against it, else 0
 FRESH_SLOPE = "fresh_slope"  # what that gradient found, in units of it; None once a check has used it
 GATE = "gate"  # what the outlier gate knows
+GRADIENT_RMS = "gradient_rms"  # of the last check, what eps is a multiple of; None before it
 # Numbers of the rule that are the radius itself or its bounds; they carry no RULE.
 RADII = (RADIUS, "radius_low", "radius_high")
 
@@ -56,11 +58,10 @@ COUNTERS: Mapping[str, int | float | tuple[float, ...] | None] = {
     CHECKED_SLOPE: 0.0,
     FRESH_SLOPE: None,
     GATE: (),
+    GRADIENT_RMS: None,
 }
 # Counters that a report repeats.
 REPORTED = (CHECKS, ACCEPTED_CHECKS, SKIPPED_STEPS, OUTLIER_STEPS, TOTAL_TRIALS)
-# Moments are float32 at least, and an eps that vanishes in them leaves 0/0 where a gradient is zero.
-SMALLEST_EPS = torch.finfo(torch.float32).smallest_normal
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -81,11 +82,12 @@ def check_options(group: Mapping[str, Any]) -> None:
         refuse("SOAA", "betas", "a pair of numbers", betas, TypeError)
     for index, beta in enumerate(betas):
         check_between("SOAA", f"betas[{index}]", beta, -1e-300, 1, "in [0, 1)")
-    if check_positive("SOAA", "eps", group["eps"]) < SMALLEST_EPS:
-        refuse("SOAA", "eps", f">= {SMALLEST_EPS}, the smallest normal float32", group["eps"])
+    if check_positive("SOAA", "eps", group["eps"]) < SMALLEST:
+        refuse("SOAA", "eps", f">= {SMALLEST}, the smallest normal float32", group["eps"])
     check_nonnegative("SOAA", "weight_decay", group["weight_decay"])
-    if not isinstance(group["foreach"], bool | None):
-        refuse("SOAA", "foreach", "None, True or False", group["foreach"], TypeError)
+    for name in ("foreach", "fused"):
+        if not isinstance(group[name], bool | None):
+            refuse("SOAA", name, "None, True or False", group[name], TypeError)
     if not isinstance(group["maximize"], bool):
         refuse("SOAA", "maximize", "a bool", group["maximize"], TypeError)
 
@@ -146,9 +148,14 @@ def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:
 
 
 def remember(
-    groups: Sequence[dict[str, Any]], bounds: Sequence[float], known: Mapping[str, Any], rule: AbstractRadius
+    groups: Sequence[dict[str, Any]],
+    bounds: Sequence[float],
+    known: Mapping[str, Any],
+    rule: AbstractRadius,
+    *,
+    unit: float | None,
 ) -> None:
-    """Keep what the next gradient needs of a step that was taken: its bounds, and its promise if it was checked.
+    """Keep what later steps need of one that was taken: its bounds, and of a check its promise and its `unit`.
 
     (`groups` modified in place.)
     """
@@ -157,7 +164,7 @@ def remember(
     head = groups[0]
     head[CHECKED_SLOPE] = 0.0
     if known["checked"]:
-        head[FRESH_SLOPE] = None
+        head[FRESH_SLOPE], head[GRADIENT_RMS] = None, unit
         if rule.fresh_slopes and known["accepted"]:
             head[CHECKED_SLOPE] = max(0.0, known["reductions"][0])
 
@@ -213,15 +220,20 @@ class Snapshot:
     Args:
         params: the parameters as given to the optimizer.
         state: the optimizer's per-parameter state; parameters without one lose theirs on :meth:`restore`.
+        moments: copy the state's tensors too; False where they are not modified before the decision.
 
-    Holds as many bytes as parameters and moments together, and is to be dropped before the step returns.
+    Holds as many bytes as what it copies, and is to be dropped before the step returns.
     """
 
-    def __init__(self, params: Iterable[Tensor], state: dict[Tensor, dict[str, Any]]) -> None:
+    def __init__(self, params: Iterable[Tensor], state: dict[Tensor, dict[str, Any]], *, moments: bool = True) -> None:
         self._state = state
         self._params = [(param, param.detach().clone()) for param in params]
         self._entries = {
-            param: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state[param].items()}
+            param: {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in state[param].items()
+                if moments or not isinstance(value, Tensor)
+            }
             for param, _ in self._params
             if param in state
         }

@@ -10,10 +10,11 @@ from torch import Tensor
 from lightning_soaa import _state as keys
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, step_sizes, walk
+from lightning_soaa._proposal import Proposal, absorb, propose
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread
+from lightning_soaa._walk import step_sizes, walk
 from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
 
@@ -43,16 +44,25 @@ class Stepper:
     unread: Unread
     unclipped: dict[Tensor, Tensor] | None = None
 
-    def _absorb(self, entries: list[Entry], base: Tensor | None) -> Proposal:
-        """Update the moments where nothing is wrong with the gradient and return what can be proposed."""
+    def _propose(self, entries: list[Entry], base: Tensor | None, *, check: bool) -> Proposal:
+        """Return what can be proposed; the moments may have absorbed the gradients, if nothing is wrong with them."""
         ensure_state(entries, self.state, self.fisher)
         head, home = self.groups[0], entries[0][1].device
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
         left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
         buckets = gather(entries, self.groups, self.state)
-        slope, fisher_limits = head[keys.CHECKED_SLOPE], self.rule.fisher_limits
-        return absorb(buckets, base, self.fisher, gate=gate, slope=slope, fisher_limits=fisher_limits, left=left)
+        return propose(
+            buckets,
+            base,
+            self.fisher,
+            gate=gate,
+            slope=head[keys.CHECKED_SLOPE],
+            fisher_limits=self.rule.fisher_limits,
+            unit=head[keys.GRADIENT_RMS],
+            check=check,
+            left=left,
+        )
 
     def _minimised(self, loss: Tensor, home: torch.device) -> Tensor:
         """Return a loss as it is minimised, mean over ranks."""
@@ -65,7 +75,7 @@ class Stepper:
 
     def plain(self, entries: list[Entry], base: Tensor | None, numbers: Numbers) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
-        proposal = self._absorb(entries, base)
+        proposal = self._propose(entries, base, check=False)
         numbers, known = follow(
             proposal,
             self.rule,
@@ -80,9 +90,11 @@ class Stepper:
 
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
-        snapshot, head = Snapshot([param for _, param in entries], self.state), self.groups[0]
+        moments = self.rule.fisher_limits or not self.fisher.elementwise  # else they wait for the decision
+        snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
+        head = self.groups[0]
         try:
-            proposal = self._absorb(entries, base)
+            proposal = self._propose(entries, base, check=True)
             numbers, known = search(
                 proposal,
                 snapshot,
@@ -106,4 +118,6 @@ class Stepper:
             raise
         if known["skipped"]:
             snapshot.restore()
+        else:
+            absorb(proposal, self.fisher)
         return proposal, numbers, known

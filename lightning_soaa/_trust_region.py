@@ -8,17 +8,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_soaa._checks import check_nonnegative
-from lightning_soaa._proposal import (
-    Proposal,
-    linear_reduction,
-    parameter_mean_square,
-    published_reduction,
-    read,
-)
+from lightning_soaa._proposal import Proposal
 from lightning_soaa._state import RADIUS, Snapshot
+from lightning_soaa._sums import read
+from lightning_soaa._walk import linear_reduction, parameter_mean_square, published_reduction
 from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 
-Walk = Callable[..., Any]  # walks a proposal at a radius, with the keywords of `_proposal.walk`
+Walk = Callable[..., Any]  # walks a proposal at a radius, with the keywords of `_walk.walk`
 Known = dict[str, Any]
 
 
@@ -46,7 +42,7 @@ def follow(
     known: Known = {"checked": False, "accepted": True, "trials": 0}
     radius = numbers[RADIUS]
     if rule.needs_loss:
-        predicted = walk(proposal, radius, moves=False, reduction=published_reduction)
+        predicted = walk(proposal, radius, moves=False, keeps=False, reduction=published_reduction)
         base, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
         known |= {"skipped": not ok, "accepted": bool(ok)}
         if ok:
@@ -95,14 +91,16 @@ def search(
     while True:
         attempt += 1
         radius = numbers[RADIUS]
-        predicted = walk(proposal, radius, decay=False, reduction=linear_reduction)
+        predicted = walk(proposal, radius, decay=False, keeps=False, reduction=linear_reduction)
         predicted = predicted if proposal.left is None else predicted / proposal.left
-        values = [proposal.base, trial_loss(), predicted, mean_square, repeat, proposal.ok, proposal.outlier]
-        base, trial, promised, square, repeated, ok, outlier, *heard = read([*values, *pending], home)
+        at = trial_loss()
+        values = [proposal.base, at, predicted, mean_square, repeat, proposal.unit, proposal.ok, proposal.outlier]
+        base, trial, promised, square, repeated, unit, ok, outlier, *heard = read([*values, *pending], home)
         known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}
         known |= {"trials": attempt + apart, "heard": heard}
         if not ok:
             return numbers, known
+        proposal.unit = None if proposal.unit is None else unit
         gap = finite_or((repeated if apart else trial) - base, inf) if gap is None else gap
         seen = replace(
             evidence,

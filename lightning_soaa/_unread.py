@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import on_host, wide_dtype
-from lightning_soaa._proposal import Proposal, read
+from lightning_soaa._proposal import Proposal
 from lightning_soaa._state import FRESH_SLOPE, GATE, OUTLIER_STEPS, SKIPPED_STEPS
+from lightning_soaa._sums import on_host, read, wide_dtype
 from lightning_soaa.gate import FRESH_GATE, Gate
 
 

@@ -22,9 +22,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, dots, gated
+from lightning_soaa._bucket import Bucket
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
+from lightning_soaa._moments import drop_disagreement
+from lightning_soaa._sums import dots, gated
 from lightning_soaa.fisher import (
     MOMENT,
     SQUARE,
@@ -32,7 +34,6 @@ from lightning_soaa.fisher import (
     DiagonalFisher,
     Unit,
     box,
-    drop_disagreement,
 )
 
 LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"

@@ -10,10 +10,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
 from lightning_soaa._checks import refuse
-from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, only_zeros
+from lightning_soaa._describe import describe
+from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, only_zeros
 from lightning_soaa._loss import scalar_loss
-from lightning_soaa._proposal import Proposal, describe, read
+from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper
+from lightning_soaa._sums import read
 from lightning_soaa._unread import Unread, settle
 from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
 from lightning_soaa.gate import Gate
@@ -50,6 +52,8 @@ class SOAA(Optimizer):
         radius: the radius rule (default: ``RatioRadius()``).
         fisher: the Fisher estimate (default: ``DiagonalFisher()``).
         foreach: multi-tensor operations; None picks them (default: None).
+        fused: torch's fused AdamW kernel for moments and step, where only the radius limits it; None picks it where the
+            device has it and `foreach` is None (default: None).
         maximize: maximise the loss (default: False).
 
     Raises:
@@ -87,6 +91,7 @@ class SOAA(Optimizer):
         radius: AbstractRadius = RatioRadius(),  # noqa: B008  (frozen)
         fisher: AbstractFisher = DiagonalFisher(),  # noqa: B008  (frozen)
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         if not isinstance(radius, AbstractRadius):
@@ -99,6 +104,7 @@ class SOAA(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "foreach": foreach,
+            "fused": fused,
             "maximize": maximize,
         }
         keys.check_options(defaults)
@@ -241,9 +247,8 @@ class SOAA(Optimizer):
 
     def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
-        rule, head, trials = self.radius_rule, self.param_groups[0], 0
+        rule, head, trials, check = self.radius_rule, self.param_groups[0], 0, self.check_due
         numbers = keys.numbers_of(head)
-        check = rule.needs_trial and rule.check_due(numbers, head[keys.UNCHECKED_STEPS])
         if base is None and (check or rule.needs_loss):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
@@ -264,7 +269,8 @@ class SOAA(Optimizer):
         proposal.release()
         head[keys.LR_UNIT] = keys.lr_unit(self.param_groups)
         if not known.get("skipped", False):
-            keys.remember(self.param_groups, [size.bound for size in proposal.sizes], known, rule)
+            unit = proposal.unit if isinstance(proposal.unit, float) else None
+            keys.remember(self.param_groups, [size.bound for size in proposal.sizes], known, rule, unit=unit)
         keys.store_numbers(head, numbers)
         keys.count(head, known)
         self._pending, self._report = (proposal, known), None
@@ -321,6 +327,8 @@ class SOAA(Optimizer):
         finally:
             handle.remove()
         restore_precision(incoming, self.param_groups, self.state)
+        params = [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
+        lay_out([self.state[param] for param in params], self.fisher_rule)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class ReferenceSOAA:
             group["v"] = [np.zeros_like(x) for x in group["x"]]
             group["t"] = [0 for _ in group["x"]]
         self.skipped, self.outliers, self.trials, self.gap, self.noise = 0, 0, 0, None, 0.0
+        self.unit = None  # root mean square of the gradients at the last check
 
     def everything(self):
         for group in self.groups:
@@ -57,9 +58,11 @@ class ReferenceSOAA:
     def box_direction(self, group, i, d):
         """The same without the Fisher, eps in units of the gradients' root mean square."""
         mh, vh = self.corrected(group, i)
+        return d * mh / (np.sqrt(vh) + group["eps"] * self.unit)
+
+    def gradient_rms(self):
         found = [self.corrected(g, k)[1] for g, k in self.everything() if g["t"][k]]
-        unit = np.sqrt(sum(np.sum(v) for v in found) / max(1, sum(v.size for v in found)))
-        return d * mh / (np.sqrt(vh) + group["eps"] * max(unit, 1e-15))
+        return max(1e-15, np.sqrt(sum(np.sum(v) for v in found) / max(1, sum(v.size for v in found))))
 
     def step(self, grads, loss, loss_at=None):
         """`grads` mirrors the groups' ``x``; `loss_at()` is the loss at the current ``x``."""
@@ -123,6 +126,8 @@ class ReferenceSOAA:
         start = [group["x"][i] for group, i in places]
         due = self.check_due()
         self.unchecked = 0 if due else self.unchecked + 1
+        if due or self.unit is None:
+            self.unit = self.gradient_rms()
         rms = np.sqrt(sum(np.sum(x * x) for x in start) / sum(x.size for x in start))
         if self.d == 0:
             self.trials += 1

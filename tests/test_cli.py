@@ -149,7 +149,7 @@ def test_help_shows_the_users_arguments_and_the_optimizers(capsys):
     shown = printed(capsys, "--help")
     assert "--model.width" in shown
     shown = printed(capsys, "--optimizer.help=SOAA")
-    for option in ("lr", "betas", "eps", "weight_decay", "radius", "foreach", "maximize"):
+    for option in ("lr", "betas", "eps", "weight_decay", "radius", "foreach", "fused", "maximize"):
         assert f"--optimizer.{option}" in shown
     assert "only the groups' proportions count" in " ".join(shown.split())
     shown = printed(capsys, "--trainer.callbacks.help=TrustRegionMonitor")

@@ -105,7 +105,7 @@ def test_copies_continue_alike(rule, clone):
 
 # Numbers of group 0 that were not there from the start.
 NEWER = (
-    *("unchecked_steps", "outlier_steps", "repeat_gap", "checked_slope", "fresh_slope", "gate"),
+    *("unchecked_steps", "outlier_steps", "repeat_gap", "checked_slope", "fresh_slope", "gate", "gradient_rms"),
     *("rule_scale", "rule_steady", "rule_eaten_weight", "rule_fresh", "rule_fresh_weight"),
 )
 
@@ -113,7 +113,7 @@ NEWER = (
 def test_older_state_dict_gets_the_numbers_it_lacks():
     problem = Problem("ratio").run(4)
     state = problem.optimizer.state_dict()
-    for key in ("foreach", "maximize", "radius_rule", "base_lr", "group_radius", *NEWER):
+    for key in ("foreach", "fused", "maximize", "radius_rule", "base_lr", "group_radius", *NEWER):
         del state["param_groups"][0][key]
     other = twin_of(problem, "ratio")
     other.optimizer.load_state_dict(state)

@@ -34,7 +34,7 @@ def test_options_and_keys_of_the_users_carry_over_and_the_numbers_of_the_run_do_
     later = SOAA([x])
     later.add_param_group({**source, "params": old.params})
     assert later.param_groups[1].keys() == {
-        "params", "lr", "betas", "eps", "weight_decay", "foreach", "maximize", "base_lr", "group_radius",
+        "params", "lr", "betas", "eps", "weight_decay", "foreach", "fused", "maximize", "base_lr", "group_radius",
         "name", "initial_lr", "max_lr",
     }  # fmt: skip
     assert later.param_groups[1]["base_lr"] == 0.02

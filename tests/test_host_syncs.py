@@ -10,9 +10,12 @@ import torch
 from problems import RULES, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lightning_soaa._describe
 import lightning_soaa._proposal
+import lightning_soaa._sums
 import lightning_soaa._trust_region
 import lightning_soaa._unread
+import lightning_soaa._walk
 import lightning_soaa.optimizer
 from lightning_soaa import SOAA, FixedRadius, KroneckerFisher, RatioRadius
 
@@ -38,14 +41,14 @@ class CountReads(TorchDispatchMode):
 @pytest.fixture
 def packed(monkeypatch):
     """Counts packed reads by the one function that makes them."""
-    calls, inner = [], lightning_soaa._proposal.read
+    calls, inner = [], lightning_soaa._sums.read
 
     def read(values, device):
         calls.append(len(values))
         return inner(values, device)
 
     for module in (
-        *(lightning_soaa._proposal, lightning_soaa._trust_region, lightning_soaa._unread, lightning_soaa.optimizer),
+        *(lightning_soaa._describe, lightning_soaa._trust_region, lightning_soaa._unread, lightning_soaa.optimizer),
     ):
         monkeypatch.setattr(module, "read", read)
     return calls
@@ -195,10 +198,11 @@ def test_only_reading_the_report_costs_more(accelerator, packed, rule, reads):
         assert (len(packed), counter.scalars) == (reads, 0)
 
 
-def test_sums_over_shards_are_three_a_step_five_on_a_check_and_two_more_after_one(monkeypatch):
+def test_sums_over_shards_are_two_a_step_five_on_a_check_and_one_more_after_one(monkeypatch):
     """Each `total` is one sum over processes where parameters are sharded."""
-    calls, inner = [], lightning_soaa._proposal.total
-    monkeypatch.setattr(lightning_soaa._proposal, "total", lambda *args: (calls.append(1), inner(*args))[1])
+    calls, inner = [], lightning_soaa._sums.total
+    for module in (lightning_soaa._proposal, lightning_soaa._walk):
+        monkeypatch.setattr(module, "total", lambda *args: (calls.append(1), inner(*args))[1])
     problem, seen = Problem("ratio").run(3), set()
     for _ in range(60):
         head = problem.optimizer.param_groups[0]
@@ -208,4 +212,4 @@ def test_sums_over_shards_are_three_a_step_five_on_a_check_and_two_more_after_on
         trials = head["total_trials"] - before
         if trials <= 1:
             seen.add((bool(trials), asked, len(calls)))
-    assert seen == {(False, False, 3), (False, True, 5), (True, False, 5), (True, True, 7)}
+    assert seen == {(False, False, 2), (False, True, 3), (True, False, 5), (True, True, 6)}

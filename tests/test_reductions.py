@@ -7,7 +7,7 @@ import torch
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius
 from lightning_soaa._bucket import Bucket
-from lightning_soaa.fisher import box_direction, box_direction_foreach
+from lightning_soaa._moments import box_direction, box_direction_foreach
 from lightning_soaa.radius import Evidence
 from lightning_soaa.ratio import RatioRadius, falls_short
 

@@ -43,6 +43,7 @@ OPTIONS = [
     ({"foreach": 3}, TypeError, "SOAA: `foreach` must be None, True or False, got 3"),
     ({"foreach": 1}, TypeError, "SOAA: `foreach` must be None, True or False, got 1"),
     ({"foreach": []}, TypeError, "SOAA: `foreach` must be None, True or False, got []"),
+    ({"fused": 1}, TypeError, "SOAA: `fused` must be None, True or False, got 1"),
     ({"maximize": 1}, TypeError, "SOAA: `maximize` must be a bool, got 1"),
 ]
 
@@ -246,7 +247,7 @@ def with_entry(state, change):
     return {**state, "state": {**state["state"], 1: change(state["state"][1])}}
 
 
-GROUP = ["base_lr", "betas", "eps", "foreach", "group_radius", "lr", "maximize", "weight_decay"]
+GROUP = ["base_lr", "betas", "eps", "foreach", "fused", "group_radius", "lr", "maximize", "weight_decay"]
 LOADED = [
     (lambda s: {}, "SOAA: `state_dict` must be one with `state` and `param_groups`, got []"),
     (

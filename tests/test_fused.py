@@ -1,0 +1,220 @@
+"""The fused kernel and the memory it works on: small tensors of the state lie side by side, eps waits for a check."""
+
+import io
+
+import pytest
+import torch
+from problems import RULES, Problem, assert_same
+from torch import nn
+
+import lightning_soaa._bucket as sizes
+from lightning_soaa import SOAA, KroneckerFisher
+from lightning_soaa._bucket import one_view, side_by_side
+from lightning_soaa._moments import advance_fused, box_direction, update_moments
+
+AFTER_BURN_IN = {"rule_phase": 0, "rule_scale": 1.0, "radius": 1e-3, "unchecked_steps": 0}
+
+
+def counted(monkeypatch):
+    """The numbers of tensors that the fused kernel has been given since."""
+    calls, kernel = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kw: (calls.append(len(args[0])), kernel(*args, **kw)))
+    return calls
+
+
+# The kernel
+
+
+@pytest.mark.parametrize("ok", [None, True, False])
+def test_kernel_does_what_the_formulas_say(ok):
+    generator = torch.Generator().manual_seed(0)
+    grads, m, v = ([torch.rand(5, 3, generator=generator, dtype=torch.float64)] for _ in range(3))
+    grads[0] -= 0.5
+    slow_m, slow_v = [m[0].clone()], [v[0].clone()]
+    allows, options = None if ok is None else torch.tensor(ok), {"radius": 0.3, "eps": 0.01}
+    fast = advance_fused(grads, m, v, allows, step=7, beta1=0.9, beta2=0.99, **options)
+    update_moments(grads, slow_m, slow_v, allows, beta1=0.9, beta2=0.99)
+    corrections = {"correction1": 1 - 0.9**7, "correction2": 1 - 0.99**7}
+    slow = box_direction(slow_m, slow_v, None, allows, **corrections, **options)
+    for left, right in zip((*fast, *m, *v), (*slow, *slow_m, *slow_v), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-14, atol=0)
+    assert bool((fast[0] == 0).all()) == (ok is False)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"grouped": True}, {"eps": 0.1}])
+def test_a_run_is_that_of_the_for_loop_up_to_rounding(options):
+    runs = [Problem("ratio", foreach=foreach, **options) for foreach in (None, False)]
+    for run in runs:
+        run.spoil = -1.0 if "maximize" in options else 1.0
+        for step in range(60):
+            run.step()
+            if step == 20:  # leave burn-in
+                run.optimizer.param_groups[0].update(AFTER_BURN_IN)
+    fast, slow = (run.facts() for run in runs)
+    for key, value in fast.items():
+        if isinstance(value, str | bool | None):
+            assert value == slow[key] or key.endswith("foreach"), key
+        else:
+            torch.testing.assert_close(value, slow[key], rtol=1e-8, atol=1e-12, check_device=False)
+
+
+def test_between_checks_it_takes_one_call_for_all_small_tensors(monkeypatch):
+    problem = Problem("ratio").run(2)
+    problem.optimizer.param_groups[0].update(AFTER_BURN_IN)
+    calls = counted(monkeypatch)
+    problem.step()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ({}, True),
+        ({"fused": True}, True),
+        ({"fused": False}, False),
+        ({"foreach": True}, False),
+        ({"foreach": False}, False),
+        ({"foreach": True, "fused": True}, True),
+        ({"radius": RULES["fixed"]}, False),
+        ({"radius": RULES["published"]}, False),
+        ({"fisher": KroneckerFisher()}, False),
+    ],
+)
+def test_it_is_picked_where_only_the_radius_limits_and_no_other_form_is_asked_for(monkeypatch, options, used):
+    calls = counted(monkeypatch)
+    x = nn.Parameter(torch.ones(3, 2))
+    optimizer = SOAA([x], **options)
+    for _ in range(3):
+        x.grad = torch.ones_like(x)
+        optimizer.step(lambda: 1.0, loss_closure=lambda: 0.999)
+    assert bool(calls) == used
+
+
+def test_tensors_without_data_and_strided_ones_do_without_it(monkeypatch):
+    calls = counted(monkeypatch)
+    x = nn.Parameter(torch.rand(200, 200).t())
+    optimizer = SOAA([x])
+    x.grad = torch.rand(200, 200).t()
+    optimizer.step(lambda: 1.0, loss_closure=lambda: 0.999)
+    assert calls == []
+    assert bool(optimizer.state[x]["m"].any())
+
+
+def test_while_the_loss_closure_runs_the_moments_are_those_of_before_the_step():
+    problem, seen = Problem("ratio").run(3), []
+    before = {key: value for key, value in problem.facts().items() if key.endswith((" m", " v"))}
+    inner = problem.loss_closure
+
+    def looking():
+        seen.append({key: value for key, value in problem.facts().items() if key in before})
+        return inner()
+
+    problem.optimizer.step(problem.closure, loss_closure=looking)
+    assert seen
+    for each in seen:
+        assert_same(before, each)
+    assert any(not torch.equal(value, before[key]) for key, value in problem.facts().items() if key in before)
+
+
+# What eps is a multiple of
+
+
+def rms(optimizer):
+    beta, states = 0.99, list(optimizer.state.values())
+    squares = sum(s["v"].sum() / (1 - beta ** s["step"]) for s in states)
+    return float(squares / sum(s["v"].numel() for s in states)) ** 0.5
+
+
+@pytest.mark.parametrize("fisher", [{}, {"fisher": KroneckerFisher()}])
+def test_unit_of_eps_is_the_root_mean_square_of_the_gradients_at_the_last_check(fisher):
+    problem, checks = Problem("ratio", **fisher), 0
+    head = problem.optimizer.param_groups[0]
+    assert head["gradient_rms"] is None
+    for step in range(60):
+        if step == 20:
+            head.update(AFTER_BURN_IN)
+        before = head["gradient_rms"]
+        problem.step()
+        if problem.optimizer.last_step.checked:
+            assert head["gradient_rms"] == pytest.approx(rms(problem.optimizer), rel=1e-12)
+        else:
+            assert head["gradient_rms"] == before
+        checks += problem.optimizer.last_step.checked
+    assert 20 < checks < 60
+
+
+def test_without_a_check_to_rest_on_the_unit_is_found_anew():
+    problems = [Problem("ratio", eps=0.1).run(5) for _ in range(2)]
+    for problem in problems:
+        problem.optimizer.param_groups[0].update(AFTER_BURN_IN)
+    problems[0].step()
+    torch.manual_seed(0)
+    problems[1].optimizer.param_groups[0]["gradient_rms"] = None
+    problems[1].step()
+    assert problems[1].optimizer.param_groups[0]["gradient_rms"] is None
+    for p, q in zip(*(problem.params for problem in problems), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
+        assert p.numel() < 2 or not torch.equal(p, q)
+
+
+# Side by side
+
+
+def test_small_tensors_of_the_state_lie_side_by_side_and_large_ones_do_not(monkeypatch):
+    monkeypatch.setattr(sizes, "SMALL", 10)
+    small, large = ([nn.Parameter(torch.ones(n)) for n in counts] for counts in ((3, 1, 10), (11, 40)))
+    optimizer = SOAA([*small, *large])
+    for p in (*small, *large):
+        p.grad = torch.ones_like(p)
+    optimizer.step(lambda: 1.0, loss_closure=lambda: 0.999)
+    for key in ("m", "v"):
+        flat = one_view([optimizer.state[p][key] for p in small])
+        assert flat is not None
+        assert flat.shape == (14,)
+        assert all(optimizer.state[p][key].untyped_storage().nbytes() == 4 * p.numel() for p in large)
+
+
+def test_one_view_is_of_what_follows_each_other_in_one_memory_only():
+    whole = torch.arange(12.0)
+    a, b, c = whole[:4].view(2, 2), whole[4:8], whole[8:]
+    assert torch.equal(one_view([a, b, c]), whole)
+    assert torch.equal(one_view([b, torch.empty(0), c]), whole[4:])
+    assert one_view([a, c]) is None
+    assert one_view([b, a]) is None
+    assert one_view([a.t(), b]) is None
+    assert one_view([a, b.clone()]) is None
+    assert one_view([whole.view(3, 4)[:, :2], whole[8:]]) is None
+    moved = side_by_side(
+        [a.clone(), torch.ones(2, dtype=torch.float64), c.clone(), a.t(), torch.ones(3, device="meta")]
+    )
+    assert torch.equal(one_view([moved[0], moved[2]]), torch.cat((whole[:4], whole[8:])))
+    assert [tensor.dtype for tensor in moved[:2]] == [torch.float32, torch.float64]
+    assert moved[3]._base is not moved[0]._base
+
+
+@pytest.mark.parametrize("way", ["apart", "file", "gap"])
+def test_where_they_lie_changes_no_bit(way):
+    """Moved apart; saved to a file and loaded; with a parameter in the middle that gets no gradient for a while."""
+    plain, other = (Problem("ratio", weight_decay=0.1).run(6) for _ in range(2))
+    if way == "apart":
+        for kept in other.optimizer.state.values():
+            kept |= {key: value.clone() for key, value in kept.items() if isinstance(value, torch.Tensor)}
+    if way == "file":
+        file = io.BytesIO()
+        torch.save(other.optimizer.state_dict(), file)
+        file.seek(0)
+        loaded = SOAA(other.params, weight_decay=0.1)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        other.optimizer = loaded
+        assert one_view([kept["m"] for kept in loaded.state.values()]) is not None
+    for step in range(30):
+        for problem in (plain, other):
+            loss = problem.closure().detach()
+            if way == "gap" and step < 9:
+                problem.params[1].grad = None
+            if way == "gap" and problem is other:  # what is flat in one run is packed in the other
+                for kept in problem.optimizer.state.values():
+                    kept["m"] = kept["m"].clone()
+            problem.optimizer.step(lambda loss=loss: loss, loss_closure=problem.loss_closure)
+            problem.batch += 1
+        assert_same(plain.facts(), other.facts())
