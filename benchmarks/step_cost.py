@@ -66,6 +66,7 @@ def contestants(*, peers: bool) -> dict[str, Callable[[list[nn.Parameter]], Step
         "AdamW for-loop": lambda params: _adamw(params, foreach=False),
         "SOAA, FixedRadius": lambda params: SOAA(params, radius=FixedRadius()).step,
         "SOAA between checks": lambda params: _soaa(params, interval=NEVER),
+        "SOAA between checks, compiled": lambda params: _soaa(params, interval=NEVER, compile=True),
         "SOAA on a check": lambda params: _soaa(params, interval=1),
         "SOAA, KroneckerFisher": lambda params: _soaa(params, interval=NEVER, fisher=KroneckerFisher()),
     }
@@ -110,7 +111,7 @@ def shapes_part(console: Console, names: list[str], dtype: torch.dtype, count: i
         table = Table("step", "ms", "x AdamW foreach", "x AdamW fused", title=f"{name}, {dtype}", title_justify="left")
         built = contestants(peers=peers)
         if SHAPES[name] is TRANSFORMER:
-            built = {key: built[key] for key in list(built)[:6] if key != "AdamW for-loop"}
+            built = {key: built[key] for key in list(built)[:7] if key != "AdamW for-loop"}
         seconds = rounds({key: make(parameters(SHAPES[name], dtype)) for key, make in built.items()}, count)
         foreach, fused = seconds["AdamW foreach"], seconds["AdamW fused"]
         for key, values in seconds.items():

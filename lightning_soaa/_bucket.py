@@ -28,6 +28,7 @@ class Bucket:
         eps: the constant of steps 3 and 5.
         foreach: whether the ``_foreach`` form is used.
         fused: whether a fused kernel may be used.
+        compiled: whether the compiled step may be used.
         params: the parameters, as real tensors of any shape.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
@@ -46,6 +47,7 @@ class Bucket:
     eps: float
     foreach: bool
     fused: bool = False
+    compiled: bool = False
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -100,21 +102,23 @@ def block_size(device: torch.device) -> int:
     return CACHED if on_host(device) else BOUNDED
 
 
-def divide(bucket: Bucket) -> list[Bucket]:
+def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
     """Return a bucket in parts of at most :func:`block_size` entries, as far as its tensors can be divided.
 
     What is formed between two passes over a block stays small, on a CPU in its cache. There small tensors are worked
-    on as one, too, since for them an operation costs more than its work: in a copy, unless they lie side by side.
+    on as one, too, since for them an operation costs more than its work: in a copy, unless they lie side by side. With
+    `whole`, tensors are not divided, and may go into the compiled step.
     """
     host = on_host(bucket.device)
     most, small = block_size(bucket.device), SMALL if host else -1
     room, parts, blocks = {True: 0, False: 0}, dict[bool, Bucket](), list[Bucket]()
     for row in zip(bucket.params, bucket.grads, *bucket.state.values(), strict=True):
-        for param, grad, *kept in pieces(row, most):
+        for param, grad, *kept in [row] if whole else pieces(row, most):
             size = param.numel()
             packs = size <= small
             if size > room[packs] or packs not in parts:
-                parts[packs] = replace(bucket, params=[], grads=[], state={name: [] for name in bucket.state})
+                empty: dict[str, list[Tensor]] = {name: [] for name in bucket.state}
+                parts[packs] = replace(bucket, params=[], grads=[], state=empty, compiled=whole)
                 parts[packs].coordinates = 0 if blocks else bucket.coordinates
                 blocks.append(parts[packs])
                 room[packs] = most
@@ -126,11 +130,11 @@ def divide(bucket: Bucket) -> list[Bucket]:
                 tensors.append(tensor)
     for block in blocks:
         if len(block.params) > 1 and block.params[0].numel() <= small:
-            whole = {name: one_view(tensors) for name, tensors in block.state.items()}
+            views = {name: one_view(tensors) for name, tensors in block.state.items()}
             block.flat, block.grads = True, [flatten(block.grads)]
-            block.packed = {name: tensors for name, tensors in block.state.items() if whole[name] is None}
+            block.packed = {name: tensors for name, tensors in block.state.items() if views[name] is None}
             block.state = {
-                name: [flatten(tensors) if (view := whole[name]) is None else view]
+                name: [flatten(tensors) if (view := views[name]) is None else view]
                 for name, tensors in block.state.items()
             }
     return blocks

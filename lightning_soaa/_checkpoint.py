@@ -11,6 +11,7 @@ from lightning_soaa._checks import check_count, check_nonnegative, refuse
 from lightning_soaa._state import (
     COUNTERS,
     GATE,
+    GRADIENT_RMS,
     LR_UNIT,
     RADIUS,
     RULE,
@@ -82,6 +83,8 @@ def _check_head(who: str, head: Mapping[str, Any]) -> None:
     """
     for name in (RADIUS, LR_UNIT):
         check_nonnegative("SOAA", f"{who}['{name}']", head.get(name, 0.0))
+    if (unit := head.get(GRADIENT_RMS)) is not None:
+        check_nonnegative("SOAA", f"{who}['{GRADIENT_RMS}']", unit)
     for name, fresh in COUNTERS.items():
         if isinstance(fresh, int):
             check_count("SOAA", f"{who}['{name}']", head.get(name, fresh), 0)

@@ -105,7 +105,11 @@ def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:
 
 
 def gather(
-    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
+    entries: Iterable[Entry],
+    groups: Sequence[Mapping[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    *,
+    compiled: bool = False,
 ) -> list[Bucket]:
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
 
@@ -126,7 +130,7 @@ def gather(
             beta1, beta2 = group["betas"]
             foreach, fused = group["foreach"] is not False, has_fused(group, param.device)
             bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach, fused)
-            bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
+            bucket.last_bound, bucket.shards, bucket.compiled = float(group[GROUP_RADIUS]), shards, compiled
             buckets[key] = bucket
         grad = _as_kept(grad if plain else local(grad), state_dtype(param.dtype))
         real = as_real(param if plain else local(param))

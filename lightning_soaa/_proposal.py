@@ -82,6 +82,11 @@ class Proposal:
             bucket.grads, bucket.rotated = [], []
 
 
+def absorbs_first(fisher: AbstractFisher, *, fisher_limits: bool) -> bool:
+    """Return whether moments are updated before the step is known, which needs sums of theirs or turned bases."""
+    return fisher_limits or not fisher.elementwise
+
+
 def propose(
     buckets: list[Bucket],
     base: Tensor | None,
@@ -96,9 +101,8 @@ def propose(
 ) -> Proposal:
     """Look at all gradients: are they and the loss finite, and not far out, and what is the step to be measured in?
 
-    Where only the radius limits the step and coordinates are on their own, moments are left for :func:`walk` or
-    :func:`absorb` to update, which saves a pass and, on a check, a copy. Elsewhere all of them are updated here (steps
-    1 and 3).
+    Unless they absorb the gradients first (steps 1 and 3), moments are left for the step itself to update, which saves
+    a pass and, on a check, a copy.
 
     Args:
         buckets: parameters, gradients and state.
@@ -111,21 +115,21 @@ def propose(
         check: find it anew.
         left: share of the gradients that clipping left, 0-d; None for all.
     """
-    blocks = [block for bucket in buckets for block in (divide(bucket) if fisher.elementwise else [bucket])]
+    blocks = buckets
+    if fisher.elementwise:  # the compiled step, which slopes and checks do without, forms nothing on the way
+        blocks = [b for bucket in buckets for b in divide(bucket, whole=bucket.compiled and not check and not slope)]
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
     fresh = None
     if slope:
-        fresh = fresh_slope(blocks, fisher, unit or SMALLEST_UNIT).to(square.device) / (
-            slope if left is None else slope * left
-        )
-        allows = allowed(ok, square.device)
+        promised, allows = slope if left is None else slope * left, allowed(ok, square.device)
+        fresh = fresh_slope(blocks, fisher, unit or SMALLEST_UNIT).to(square.device) / promised
         fresh = fresh if allows is None else torch.where(allows, fresh, nan)
     proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, fresh, left)
     if not fisher_limits:
         proposal.unit = gradient_rms(blocks, squares, ok, fisher) if check or unit is None else unit
-    if fisher_limits or not fisher.elementwise:
+    if absorbs_first(fisher, fisher_limits=fisher_limits):
         absorb(proposal, fisher)
     if fisher_limits:
         proposal.scale = fisher_scale(blocks, fisher)

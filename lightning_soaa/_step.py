@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa import _state as keys
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, propose
+from lightning_soaa._proposal import Proposal, absorb, absorbs_first, propose
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread
@@ -34,6 +34,7 @@ class Stepper:
         fisher: its Fisher estimate.
         unread: what the host has not heard of.
         unclipped: sizes of the gradients before they were clipped, or None if they are not known.
+        compiled: steps between checks are compiled.
     """
 
     groups: list[dict[str, Any]]
@@ -43,6 +44,7 @@ class Stepper:
     fisher: AbstractFisher
     unread: Unread
     unclipped: dict[Tensor, Tensor] | None = None
+    compiled: bool = False
 
     def _propose(self, entries: list[Entry], base: Tensor | None, *, check: bool) -> Proposal:
         """Return what can be proposed; the moments may have absorbed the gradients, if nothing is wrong with them."""
@@ -51,7 +53,7 @@ class Stepper:
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
         left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
-        buckets = gather(entries, self.groups, self.state)
+        buckets = gather(entries, self.groups, self.state, compiled=self.compiled)
         return propose(
             buckets,
             base,
@@ -90,7 +92,7 @@ class Stepper:
 
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
-        moments = self.rule.fisher_limits or not self.fisher.elementwise  # else they wait for the decision
+        moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits)
         snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
         head = self.groups[0]
         try:

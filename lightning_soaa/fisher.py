@@ -16,7 +16,9 @@ from lightning_soaa._moments import (
     advance_fused,
     box_direction,
     box_direction_foreach,
+    compiled_stride,
     drop_disagreement,
+    stride_numbers,
     update_moments,
     update_moments_foreach,
 )
@@ -46,8 +48,9 @@ def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, 
 class AbstractFisher(ABC):
     """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
 
-    # Whether it may be asked of parts of tensors, and of several in one.
+    # Whether it may be asked of parts of tensors, and of several in one; whether it has a compiled step.
     elementwise: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -92,6 +95,16 @@ class AbstractFisher(ABC):
         self.update(bucket, ok)
         return self.direction(bucket, None, ok, radius, unit, cautious=cautious)
 
+    def stride(
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, lr: float, decay: float, cautious: bool
+    ) -> Tensor:
+        """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d.
+
+        Raises:
+            NotImplementedError: it has no compiled step, see `compiles`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""
@@ -113,6 +126,7 @@ class DiagonalFisher(AbstractFisher):
     """
 
     elementwise: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
 
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`."""
@@ -175,6 +189,27 @@ class DiagonalFisher(AbstractFisher):
         if cautious:
             drop_disagreement(directions, bucket.grads)
         return directions
+
+    def stride(
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, lr: float, decay: float, cautious: bool
+    ) -> Tensor:
+        """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d."""
+        numbers = stride_numbers(
+            radius=radius,
+            lr=lr,
+            decay=decay,
+            step=bucket.step,
+            beta1=bucket.beta1,
+            beta2=bucket.beta2,
+            eps=bucket.eps * (unit if isinstance(unit, float) else 1.0),
+            device=bucket.device,
+        )
+        allows = torch.ones((), dtype=torch.bool, device=bucket.device) if ok is None else ok
+        rows = zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True)
+        form, parts = compiled_stride(), []
+        for row in rows:
+            parts.append(form(*(x.detach().view(-1) for x in row), allows, numbers, cautious=cautious))
+        return stacked(parts).to(wide_dtype(bucket.device)).sum()
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""

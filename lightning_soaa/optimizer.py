@@ -55,6 +55,8 @@ class SOAA(Optimizer):
         fused: torch's fused AdamW kernel for moments and step, where only the radius limits it; None picks it where the
             device has it and `foreach` is None (default: None).
         maximize: maximise the loss (default: False).
+        compile: have torch.compile make one pass of the steps between checks, for large tensors; equal up to rounding.
+            Under RatioRadius with DiagonalFisher only (default: False).
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -93,11 +95,17 @@ class SOAA(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         maximize: bool = False,
+        compile: bool = False,
     ) -> None:
         if not isinstance(radius, AbstractRadius):
             refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
         if not isinstance(fisher, AbstractFisher):
             refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
+        if not isinstance(compile, bool):
+            refuse("SOAA", "compile", "a bool", compile, TypeError)
+        for rule, able in ((radius, not radius.fisher_limits), (fisher, fisher.compiles)):
+            if compile and not able:
+                refuse("SOAA", "compile", f"False with {type(rule).__name__}", compile)
         defaults: dict[str, Any] = {
             "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
@@ -112,7 +120,7 @@ class SOAA(Optimizer):
             params = cast("ParamsT", list(params))
             if not params:
                 refuse("SOAA", "params", "a non-empty iterable of parameters", params)
-        self.radius_rule, self.fisher_rule = radius, fisher
+        self.radius_rule, self.fisher_rule, self._compiled = radius, fisher, compile
         self._forget()
         super().__init__(params, defaults)
         keys.fill_missing(self.param_groups, self.defaults, radius)
@@ -254,7 +262,8 @@ class SOAA(Optimizer):
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
         before, unclipped, self._unclipped = self._unread, self._unclipped, None
-        stepper = Stepper(self.param_groups, self.state, self.defaults, rule, self.fisher_rule, before, unclipped)
+        how = (self.defaults, rule, self.fisher_rule, before, unclipped, self._compiled)
+        stepper = Stepper(self.param_groups, self.state, *how)
         if check and base is not None and loss_closure is not None:
             proposal, numbers, known = stepper.checked(entries, base, loss_closure, numbers)
             heard = known.pop("heard")
@@ -333,7 +342,8 @@ class SOAA(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**super().__getstate__(), "radius_rule": self.radius_rule, "fisher_rule": self.fisher_rule}
+        own = ("radius_rule", "fisher_rule", "_compiled")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -46,7 +46,7 @@ class RatioRadius(AbstractRadius):
 
     Coordinates on which the momentum points against the gradient of the batch stay where they are (arXiv 2411.16085):
     they promise no reduction. The Fisher does not limit the step and eps is relative to the gradients' root mean
-    square: the loss may come in any unit.
+    square at the last check: the loss may come in any unit.
 
     Args:
         relative: the prior of the radius, in units of the parameters' root mean square, > 0 (default: 0.2).

@@ -1,6 +1,7 @@
-"""The fused kernel and the memory it works on: small tensors of the state lie side by side, eps waits for a check."""
+"""A step in one pass: the fused kernel, the compiled step, and the memory they work on."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,17 @@ from problems import RULES, Problem, assert_same
 from torch import nn
 
 import lightning_soaa._bucket as sizes
-from lightning_soaa import SOAA, KroneckerFisher
+from lightning_soaa import SOAA, KroneckerFisher, fisher
 from lightning_soaa._bucket import one_view, side_by_side
-from lightning_soaa._moments import advance_fused, box_direction, update_moments
+from lightning_soaa._moments import (
+    advance_fused,
+    box_direction,
+    compiled_stride,
+    drop_disagreement,
+    stride,
+    stride_numbers,
+    update_moments,
+)
 
 AFTER_BURN_IN = {"rule_phase": 0, "rule_scale": 1.0, "radius": 1e-3, "unchecked_steps": 0}
 
@@ -114,6 +123,88 @@ def test_while_the_loss_closure_runs_the_moments_are_those_of_before_the_step():
     for each in seen:
         assert_same(before, each)
     assert any(not torch.equal(value, before[key]) for key, value in problem.facts().items() if key in before)
+
+
+# The compiled step
+
+compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+@pytest.mark.parametrize("cautious", [True, False])
+def test_stride_does_what_the_formulas_say(ok, cautious):
+    generator = torch.Generator().manual_seed(0)
+    param, grad, m, v = (torch.rand(15, generator=generator, dtype=torch.float64) for _ in range(4))
+    grad, m = grad - 0.5, m - 0.5
+    before = [x.clone() for x in (param, m, v)]
+    slow, slow_m, slow_v = (x.clone() for x in before)
+    options = {"radius": 0.3, "eps": 0.01}
+    numbers = stride_numbers(lr=0.7, decay=0.2, step=7, beta1=0.9, beta2=0.99, device=param.device, **options)
+    square = stride(param, grad, m, v, torch.tensor(ok), numbers, cautious=cautious)
+    if not ok:
+        assert all(torch.equal(x, y) for x, y in zip(before, (param, m, v), strict=True))
+        assert square == 0
+        return
+    update_moments([grad], [slow_m], [slow_v], None, beta1=0.9, beta2=0.99)
+    corrections = {"correction1": 1 - 0.9**7, "correction2": 1 - 0.99**7}
+    directions = box_direction([slow_m], [slow_v], None, None, **corrections, **options)
+    if cautious:
+        drop_disagreement(directions, [grad])
+        assert bool((directions[0] == 0).any())
+    slow = slow * 0.8 - 0.7 * directions[0]
+    for left, right in ((m, slow_m), (v, slow_v), (param, slow), (square, (0.7 * directions[0]).square().sum())):
+        torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
+
+
+@compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's own code
+@pytest.mark.parametrize("host", [True, False])
+def test_a_compiled_run_is_that_of_the_for_loop_up_to_rounding(monkeypatch, request, host):
+    """One batch is skipped. On the host two small tensors are worked on as one; the other time it would wait."""
+    monkeypatch.setattr(sizes, "SMALL", 10)
+    calls, form = [], compiled_stride()
+    monkeypatch.setattr(fisher, "compiled_stride", lambda: lambda *args, **kw: (calls.append(1), form(*args, **kw))[1])
+    if not host:
+        request.getfixturevalue("accelerator")
+    fast, slow = (Problem("ratio", weight_decay=0.1, **options) for options in ({"compile": True}, {"foreach": False}))
+    compiled = set()
+    for step in range(60):
+        before = len(calls)
+        for run in (fast, slow):
+            if step == 20:
+                run.optimizer.param_groups[0].update(AFTER_BURN_IN)
+            run.spoil = float("nan") if step == 33 else 1.0
+            run.step()
+        if fast.optimizer.last_step.checked:
+            after = 1
+            assert len(calls) == before
+        elif after:  # which measures a fresh slope
+            after = 0
+            assert len(calls) == before
+        else:
+            compiled.add(len(calls) - before)
+    assert compiled == ({2} if host else {4})
+    for key, value in fast.facts().items():
+        if isinstance(value, str | bool | None):
+            assert value == slow.facts()[key] or key.endswith("foreach"), key
+        else:
+            torch.testing.assert_close(value, slow.facts()[key], rtol=1e-8, atol=1e-12, check_device=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"compile": 1}, TypeError, "SOAA: `compile` must be a bool, got 1"),
+        ({"radius": RULES["fixed"]}, ValueError, "SOAA: `compile` must be False with FixedRadius, got True"),
+        ({"fisher": KroneckerFisher()}, ValueError, "SOAA: `compile` must be False with KroneckerFisher, got True"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options, error, text):
+    with pytest.raises(error) as caught:
+        SOAA([nn.Parameter(torch.ones(2))], **{"compile": True, **options})
+    assert str(caught.value) == text
 
 
 # What eps is a multiple of

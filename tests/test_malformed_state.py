@@ -137,6 +137,10 @@ REFUSED = {
     "a negative counter": (
         lambda s: head(s, checks=-1), ValueError, f"SOAA: `{WITHIN}['checks']` must be >= 0, got -1"
     ),
+    "a negative root mean square": (
+        lambda s: head(s, gradient_rms=-1.0), ValueError,
+        f"SOAA: `{WITHIN}['gradient_rms']` must be >= 0, got -1.0",
+    ),
     "a gate of two numbers": (
         lambda s: head(s, gate=(1.0, 2.0)), ValueError,
         f"SOAA: `{WITHIN}['gate']` must be empty or of 8 numbers, got (1.0, 2.0)",
