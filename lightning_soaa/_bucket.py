@@ -154,18 +154,32 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     return moved
 
 
+def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors on the host with those that lie side by side in one memory, in order, merged into flat views.
+
+    Empty ones are left out. Tensors that are not contiguous stay as they are.
+    """
+    found: list[tuple[Tensor, int]] = []
+    end = limit = -1  # of the last run, and of its memory
+    for tensor in tensors:
+        size = tensor.nbytes
+        if not size:
+            continue
+        if tensor.is_contiguous() and tensor.data_ptr() == end and end + size <= limit:
+            first, count = found.pop()
+            found.append((first, count + tensor.numel()))
+            end += size
+            continue
+        found.append((tensor, tensor.numel()))
+        memory, whole = tensor.untyped_storage(), tensor.is_contiguous()
+        end, limit = (tensor.data_ptr() + size, memory.data_ptr() + memory.nbytes()) if whole else (-1, -1)
+    return [first.as_strided((n,), (1,)) if n > first.numel() else first for first, n in found]
+
+
 def one_view(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return contiguous tensors that lie side by side in one memory, in order, as one flat tensor; None for others."""
-    first, *others = [tensor for tensor in tensors if tensor.numel()] or tensors[:1]
-    end = first.data_ptr() + first.nbytes
-    for tensor in others:
-        if tensor.data_ptr() != end or not tensor.is_contiguous():
-            return None
-        end += tensor.nbytes
-    memory = first.untyped_storage()
-    if end > memory.data_ptr() + memory.nbytes() or not first.is_contiguous():
-        return None
-    return first.as_strided(((end - first.data_ptr()) // first.element_size(),), (1,))
+    """Return tensors that lie side by side in one memory, in order, as one flat tensor; None for others."""
+    merged = runs(tensors) or [tensors[0]]
+    return merged[0].view(-1) if len(merged) == 1 and merged[0].is_contiguous() else None
 
 
 def pieces(tensors: Sequence[Tensor], most: int) -> list[Sequence[Tensor]]:

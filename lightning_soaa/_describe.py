@@ -6,10 +6,10 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket
+from lightning_soaa._bucket import Bucket, runs
 from lightning_soaa._dist import over_shards
 from lightning_soaa._proposal import Proposal, fisher_scale
-from lightning_soaa._sums import read
+from lightning_soaa._sums import on_host, read
 from lightning_soaa.fisher import AbstractFisher
 
 
@@ -23,13 +23,20 @@ def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: AbstractFish
     return torch.cat((least, most, over_shards(here[2:], bucket.shards)))
 
 
+def merged(bucket: Bucket, fisher: AbstractFisher) -> Bucket:
+    """Return a bucket with the same state in fewer tensors, where each costs the host more than its work."""
+    if not (on_host(bucket.device) and fisher.elementwise):
+        return bucket
+    return replace(bucket, state={name: runs(tensors) for name, tensors in bucket.state.items()})
+
+
 def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     buckets = proposal.buckets
     if skipped:  # the moments have not absorbed the gradient that the age counts
         buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
-    buckets = [bucket for bucket in buckets if bucket.coordinates]
+    buckets = [merged(bucket, fisher) for bucket in buckets if bucket.coordinates]
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
     scale, rows = fisher_scale(buckets, fisher), []

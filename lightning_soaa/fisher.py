@@ -222,9 +222,11 @@ class DiagonalFisher(AbstractFisher):
         wide, rows = wide_dtype(bucket.device), []
         for second in bucket.state[SQUARE]:
             if second.numel():
-                corrected = second / bucket.correction2
-                fisher = corrected * scale
-                active = (fisher * radius > corrected.sqrt()).sum()
-                rows.append(torch.stack([x.to(wide) for x in (fisher.min(), fisher.max(), fisher.sum(), active)]))
-        table = torch.stack(rows)
-        return torch.stack((table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum()))
+                low, high = second.aminmax()
+                # d c vh > sqrt(vh), nowhere at a radius of 0, where only the box limits
+                active = (second * (scale * radius / bucket.correction2**0.5) > second.sqrt()).sum() if radius else None
+                row = (low, high, second.sum(), torch.zeros_like(low) if active is None else active)
+                rows.append(torch.stack([x.to(wide) for x in row]))
+        table, factor = torch.stack(rows), scale / bucket.correction2
+        low, high, trace = (x * factor for x in (table[:, 0].min(), table[:, 1].max(), table[:, 2].sum()))
+        return torch.stack((low, high, trace, table[:, 3].sum()))

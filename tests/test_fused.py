@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_soaa._bucket as sizes
 from lightning_soaa import SOAA, KroneckerFisher, fisher
-from lightning_soaa._bucket import one_view, side_by_side
+from lightning_soaa._bucket import one_view, runs, side_by_side
 from lightning_soaa._moments import (
     advance_fused,
     box_direction,
@@ -275,6 +275,12 @@ def test_one_view_is_of_what_follows_each_other_in_one_memory_only():
     assert one_view([a.t(), b]) is None
     assert one_view([a, b.clone()]) is None
     assert one_view([whole.view(3, 4)[:, :2], whole[8:]]) is None
+    assert one_view([torch.empty(0), torch.empty(0, 3)]).shape == (0,)
+    apart = torch.ones(3)
+    merged = runs([a, torch.empty(0), b, apart, b, c, c, whole.view(3, 4)[:, :2], c])
+    expected = [whole[:8], apart, whole[4:], c, whole.view(3, 4)[:, :2], c]
+    assert len(merged) == len(expected)
+    assert all(torch.equal(x, y) for x, y in zip(merged, expected, strict=True))
     moved = side_by_side(
         [a.clone(), torch.ones(2, dtype=torch.float64), c.clone(), a.t(), torch.ones(3, device="meta")]
     )
