@@ -82,9 +82,9 @@ class Proposal:
             bucket.grads, bucket.rotated = [], []
 
 
-def absorbs_first(fisher: AbstractFisher, *, fisher_limits: bool) -> bool:
-    """Return whether moments are updated before the step is known, which needs sums of theirs or turned bases."""
-    return fisher_limits or not fisher.elementwise
+def absorbs_first(fisher: AbstractFisher, *, fisher_limits: bool, check: bool) -> bool:
+    """Return whether moments are updated before the step is known: it needs their sums, or a trial turned bases."""
+    return fisher_limits or (check and not fisher.elementwise)
 
 
 def propose(
@@ -129,7 +129,7 @@ def propose(
     proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, fresh, left)
     if not fisher_limits:
         proposal.unit = gradient_rms(blocks, squares, ok, fisher) if check or unit is None else unit
-    if absorbs_first(fisher, fisher_limits=fisher_limits):
+    if absorbs_first(fisher, fisher_limits=fisher_limits, check=check):
         absorb(proposal, fisher)
     if fisher_limits:
         proposal.scale = fisher_scale(blocks, fisher)

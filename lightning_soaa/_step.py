@@ -92,7 +92,7 @@ class Stepper:
 
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
-        moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits)
+        moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits, check=True)
         snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
         head = self.groups[0]
         try:

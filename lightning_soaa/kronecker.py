@@ -14,7 +14,7 @@ is turned with it, and the second takes the order of the new columns.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from math import prod
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -197,15 +197,24 @@ class KroneckerFisher(AbstractFisher):
     @without_autocast
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Absorb gradients where `ok`, and refresh the bases whose turn it is (the state is modified in place)."""
-        decay, bucket.rotated = gated(ok, bucket.beta2, 1.0), []
+        self._rotate(bucket, ok)
+        DIAGONAL.update(replace(bucket, grads=bucket.rotated), ok)
+
+    @without_autocast
+    def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
+        """Do :meth:`update` and return :meth:`direction` without a scale."""
+        self._rotate(bucket, ok)
+        inside = replace(bucket, grads=bucket.rotated)
+        return self._back(bucket, DIAGONAL.advance(inside, ok, radius, unit, cautious=cautious), radius)
+
+    def _rotate(self, bucket: Bucket, ok: Tensor | None) -> None:
+        """Refresh the bases whose turn it is and set the bucket's gradients in them, zero where not `ok`."""
+        bucket.rotated = []
         for index, grad in enumerate(bucket.grads):
             state = {key: tensors[index] for key, tensors in bucket.state.items()}
             clean = grad if ok is None else torch.where(ok, grad, 0.0)
             self._turn(state, clean, ok, first=bucket.step == 1, due=(bucket.step + index) % self.refresh_every == 0)
-            rotated = rotate(clean, state[LEFT_BASIS], state[RIGHT_BASIS])
-            state[MOMENT].lerp_(rotated if ok is None else torch.where(ok, rotated, state[MOMENT]), 1 - bucket.beta1)
-            state[SQUARE].mul_(decay).addcmul_(rotated, rotated, value=1 - bucket.beta2)
-            bucket.rotated.append(rotated)
+            bucket.rotated.append(rotate(clean, state[LEFT_BASIS], state[RIGHT_BASIS]))
 
     def _turn(self, state: dict[str, Tensor], clean: Tensor, ok: Tensor | None, *, first: bool, due: bool) -> None:
         """Let the factors absorb a gradient, zero where not `ok`, and turn the bases (`state` modified in place)."""
@@ -245,6 +254,10 @@ class KroneckerFisher(AbstractFisher):
         directions = box(bucket, scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, bucket.rotated)
+        return self._back(bucket, directions, radius)
+
+    def _back(self, bucket: Bucket, directions: list[Tensor], radius: float) -> list[Tensor]:
+        """Return directions in the parameters' own coordinates, bounded in the bases; none before the second step."""
         for index, pair in enumerate(self._bases(bucket)):
             if any(basis.numel() for basis in pair):
                 bounded = directions[index].clamp_(-radius, radius) if bucket.step > 1 else directions[index].zero_()
