@@ -31,13 +31,13 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
     optimizer = soaa_of(trainer)
     if _compat.forward_only(trainer):
         return
-    module._soaa_phase = HANDED_OVER
+    vars(module)["_soaa_phase"] = HANDED_OVER
     if module._soaa_window is None or _compat.make_zero_grad(trainer, optimizer) is not None:
-        module._soaa_window = Window()
+        vars(module)["_soaa_window"] = Window()
     if optimizer.radius_rule.needs_trial:
         arguments = _compat.step_arguments(trainer, batch, batch_idx)
         if not module._soaa_batch_seen:
-            module._soaa_batch_versions = versions(arguments)
+            vars(module)["_soaa_batch_versions"] = versions(arguments)
         # A batch that is stepped on starts inside of the user's `optimizer_step`, which may draw random numbers.
         stepped_on = not _compat.accumulating(trainer)
         start = Start(module, replayed=False) if stepped_on else start_of(module, module._soaa_window)
@@ -72,7 +72,7 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
             window.replays.append(replace(newest, start=start_of(module, window)))
         loss = closure()
         _enter(module, window, loss)
-        raw.before_clipping(scale=_compat.gradient_scale(module.trainer))
+        _compat.before_clipping(module.trainer, module, raw)
         return closure_loss(module, window, loss)
 
     raw = soaa_of(module.trainer)
@@ -81,16 +81,16 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
     try:
         step(whole)
     finally:
-        module._soaa_window = None
+        vars(module)["_soaa_window"] = None
         window.replays.clear()  # an `optimizer_step` of the user's that took none leaves the loss closure bound
 
 
 def _enter(module: Any, window: Window, loss: Tensor | None) -> None:
     """Add the loss of the newest micro-batch to those of its window; one without a loss is not evaluated again."""
-    module._soaa_phase = AROUND
+    vars(module)["_soaa_phase"] = AROUND
     if window.replays and not module._soaa_batch_seen:
         warn_of_edits(module.trainer, module._soaa_batch_versions, window.replays[-1].arguments)
-        module._soaa_batch_seen = True
+        vars(module)["_soaa_batch_seen"] = True
     if loss is None:
         del window.replays[-1:]
     else:

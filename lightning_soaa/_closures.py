@@ -77,16 +77,16 @@ def run_batch(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...])
     trainer = module.trainer
     optimizer = soaa_of(trainer)
     zero_grad = _compat.make_zero_grad(trainer, optimizer)
-    if zero_grad is not None or module._soaa_window is None:
-        module._soaa_window = Window()
-    window: Window = module._soaa_window
+    window: Window | None = module._soaa_window
+    if zero_grad is not None or window is None:
+        window = vars(module)["_soaa_window"] = Window()
     with_trials = optimizer.radius_rule.needs_trial and not _compat.forward_only(trainer)
     forward = partial(_forward, module, step, arguments, window if with_trials else None)
     try:
         with _compat.outside_precision(module.device, module._soaa_default_dtype):
             return _optimize(module, optimizer, forward, zero_grad, window)
     except BaseException:
-        module._soaa_window = None
+        vars(module)["_soaa_window"] = None
         raise
 
 
@@ -100,25 +100,26 @@ def _optimize(
     """Run the closure of one micro-batch in the way the trainer's flags ask for."""
     trainer = module.trainer
     inner = _compat.make_closure(trainer, forward, _compat.make_backward(trainer, optimizer), zero_grad)
+    accumulating = _compat.accumulating(trainer)
 
     def closure() -> Tensor | None:
         loss = inner()
         if loss is not None:
             window.base = loss if window.base is None else window.base + loss
-        if not _compat.accumulating(trainer):
-            optimizer.before_clipping(scale=_compat.gradient_scale(trainer))
+        if not accumulating:
+            _compat.before_clipping(trainer, module, optimizer)
         return closure_loss(module, window, loss)
 
     if _compat.forward_only(trainer):
         closure()
-    elif _compat.accumulating(trainer):
+    elif accumulating:
         with _compat.without_sync(trainer):
             closure()
     else:
         if optimizer.radius_rule.needs_trial:
             optimizer.bind_loss_closure(partial(trial_loss, module, window))
         _compat.optimizer_step(trainer, closure)
-        module._soaa_window = None
+        vars(module)["_soaa_window"] = None
         window.replays.clear()  # an `optimizer_step` of the user's that took none leaves the loss closure bound
     result = inner.consume_result()
     return {} if result.loss is None else dict(result.asdict())
@@ -127,11 +128,11 @@ def _optimize(
 @contextmanager
 def inside(module: Any) -> Iterator[None]:
     """Let ``automatic_optimization`` read False: the user's step runs in here."""
-    module._soaa_phase = INSIDE
+    vars(module)["_soaa_phase"] = INSIDE
     try:
         yield
     finally:
-        module._soaa_phase = AROUND
+        vars(module)["_soaa_phase"] = AROUND
 
 
 def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], window: Window | None) -> Any:
@@ -153,7 +154,7 @@ def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], 
     kept = Replay(step, own, started[0])
     if before is not None:
         warn_of_edits(trainer, before, kept.arguments)
-    module._soaa_batch_seen = True
+    vars(module)["_soaa_batch_seen"] = True
     if result.loss is not None:
         window.replays.append(kept)
     return result

@@ -1,17 +1,17 @@
-"""The one place that knows Lightning's internals. Imports neither package, so that a module of either one works.
+"""The place that knows Lightning's internals. Imports neither package, so that a module of either one works.
 
 Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
 of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
 ``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
 ``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
-``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_logger_connector.should_update_logs``, ``_results`` with its
-``update_metrics``, and ``epoch_loop._batches_that_stepped``; ``_train_progress_bar`` of TQDMProgressBar.
+``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_train_progress_bar`` of TQDMProgressBar. What has to do with
+rows is in `_results`.
 """
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -89,43 +89,6 @@ def unshadow_bar(bar: Any) -> None:
             vars(bar)["get_metrics"] = before
 
 
-def rows_possible(trainer: Any) -> bool:
-    """Return whether `trainer` writes any rows."""
-    return bool(trainer.loggers) and not trainer.barebones
-
-
-def row_follows(trainer: Any) -> bool:
-    """Return whether `trainer` will write a row after this batch, the same answer on all processes.
-
-    These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
-    """
-    if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
-        return False  # first, since most batches have none
-    if not rows_possible(trainer):
-        return False
-    return not (accumulating(trainer) and trainer.lightning_module.automatic_optimization)
-
-
-def log_row(trainer: Any, module: Any, row: Mapping[str, torch.Tensor]) -> None:
-    """Add values to the row that `trainer` will write after this batch, as `module.log_dict` does.
-
-    Lightning's ``log`` walks through all that it keeps of a key each time, which takes longer than everything else
-    about a row. Keys that it knows, with what they were logged by, are given their new values.
-    """
-    results = trainer._results
-    keys = {f"{module._current_fx_name}.{name}": value for name, value in row.items()}
-    if not keys.keys() <= results.keys():
-        module.log_dict(dict(row), on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
-        return
-    for key, value in keys.items():
-        results.update_metrics(key, value, 1)
-
-
-def row_step(trainer: Any) -> int:
-    """Return the place on the x-axis of the row that `trainer` will write after this batch."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
 def automatic_loop(trainer: Any) -> Any:
     """Return the loop that automatic optimization would run; it counts the steps."""
     return trainer.fit_loop.epoch_loop.automatic_optimization
@@ -149,7 +112,7 @@ def result_of(trainer: Any, output: Any) -> Any:
 
 def make_closure(trainer: Any, step: Callable[[], Any], backward: Any, zero_grad: Any) -> Any:
     """Return Lightning's closure: `step`, `zero_grad` if given, `backward` if given and there is a loss."""
-    return import_module(type(automatic_loop(trainer)).__module__).Closure(step, backward, zero_grad)
+    return sys.modules[type(automatic_loop(trainer)).__module__].Closure(step, backward, zero_grad)
 
 
 def make_zero_grad(trainer: Any, optimizer: Any) -> Callable[[], None] | None:
@@ -193,7 +156,10 @@ def batches_of_ranks(trainer: Any) -> list[float]:
 
 def joins(trainer: Any) -> bool:
     """Return whether torch's Join stands in for processes that have run out of batches."""
-    return bool(getattr(getattr(trainer.strategy.model, "_join_config", None), "enable", False))
+    model = trainer.strategy.model
+    if model is trainer.lightning_module:  # not wrapped
+        return False
+    return bool(getattr(getattr(model, "_join_config", None), "enable", False))
 
 
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:
@@ -231,6 +197,34 @@ def scales_gradients(trainer: Any) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
+def before_clipping(trainer: Any, module: Any, optimizer: Any) -> None:
+    """Have `optimizer` note its gradients, at the end of the closure, where something may edit them before it steps.
+
+    That is the flag, a gradient scaler, and whatever of the user's runs in between: a method of the module, a callback
+    or the optimizer that is not of Lightning or of this package. Elsewhere what is noted would be what is found.
+    """
+    if (
+        trainer.gradient_clip_val is not None
+        or scales_gradients(trainer)
+        or _origin(optimizer, "step") != "lightning_soaa.optimizer"
+        or any(_origin(module, name) not in _LIGHTNING_MODULES for name in _BEFORE_STEP)
+        or any(_origin(callback, _BEFORE_STEP[0]) not in _IDLE_CALLBACKS for callback in trainer.callbacks)
+    ):
+        optimizer.before_clipping(scale=gradient_scale(trainer))
+
+
+# What a module may override of all that runs between the end of the closure and the step.
+_BEFORE_STEP = ("on_before_optimizer_step", "configure_gradient_clipping", "clip_gradients", "optimizer_step")
+_LIGHTNING_MODULES = frozenset(f"{package}.core.{name}" for package in PACKAGES for name in ("module", "hooks"))
+# The callbacks whose hook before the step leaves gradients as they are.
+_IDLE_CALLBACKS = frozenset({*(f"{package}.callbacks.callback" for package in PACKAGES), "lightning_soaa.monitor"})
+
+
+def _origin(owner: Any, name: str) -> Any:
+    """Return the name of the Python module that method `name` of `owner` was written in."""
+    return getattr(getattr(owner, name), "__module__", None)
+
+
 def gradient_scale(trainer: Any) -> Any:
     """Return what a gradient scaler has multiplied the gradients by, without waiting for the device; 1 without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -245,7 +239,7 @@ def optimizer_step(trainer: Any, closure: Callable[[], Any]) -> None:
 
 def accumulating(trainer: Any) -> bool:
     """Return whether this batch leaves its gradients for a later batch to step on."""
-    return bool(trainer.fit_loop._should_accumulate())
+    return trainer.accumulate_grad_batches != 1 and bool(trainer.fit_loop._should_accumulate())
 
 
 def forward_only(trainer: Any) -> bool:
@@ -264,21 +258,29 @@ def without_sync(trainer: Any) -> AbstractContextManager[None]:
 @contextmanager
 def training_step_context(module: Any) -> Iterator[None]:
     """Enter what surrounds the user's `training_step`: the precision plugin and the name that logging goes by."""
-    name, module._current_fx_name = module._current_fx_name, "training_step"
+    own = vars(module)  # since torch takes its time to set an attribute of a module
+    name, own["_current_fx_name"] = own["_current_fx_name"], "training_step"
     try:
         with module.trainer.precision_plugin.train_step_context():
             yield
     finally:
-        module._current_fx_name = name
+        own["_current_fx_name"] = name
 
 
-@contextmanager
-def outside_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def outside_precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Leave the precision plugin's context, in which Lightning calls `training_step`.
 
     Backward, hooks and optimizer run outside of it under automatic optimization: without autocast, and with `dtype` as
     the default dtype.
     """
+    if torch.get_default_dtype() == dtype and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return _outside_precision(device, dtype)
+
+
+@contextmanager
+def _outside_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Leave a precision plugin's context that has changed something."""
     inner = torch.get_default_dtype()
     with ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):

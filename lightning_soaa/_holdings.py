@@ -42,7 +42,7 @@ class Attributes:
     @classmethod
     def of(cls, module: nn.Module) -> "Attributes":
         """Return those of `module` as they are now: references, and shallow copies of containers."""
-        parts = [(part, {name: vars(part)[name] for name in _names(part)}) for part in module.modules()]
+        parts = [(part, _kept(part)) for part in module.modules()]
         values = [value for _, kept in parts for value in kept.values() if type(value) not in _PLAIN]
         contents = [(value, copy(value)) for value in values if type(value) in CONTAINERS]
         return cls(parts, contents, [stream for value in values for stream in _stream(value)])
@@ -54,14 +54,14 @@ class Attributes:
         for put, state in self.streams:
             put(state)
         for part, kept in self.parts:
-            for name in _names(part) - kept.keys():
+            for name in _kept(part).keys() - kept.keys():
                 del vars(part)[name]
             vars(part).update(kept)
 
 
-def _names(part: nn.Module) -> set[str]:
-    """Return the names of the attributes of one module that a forward may write."""
-    return {name for name in vars(part).keys() - _PLUMBING if not name.startswith(_OWN)}
+def _kept(part: nn.Module) -> dict[str, Any]:
+    """Return the attributes of one module that a forward may write."""
+    return {name: value for name, value in vars(part).items() if name not in _PLUMBING and not name.startswith(_OWN)}
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -28,7 +28,7 @@ def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Ten
             kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise TypeError(f"SOAAMixin: `loss_fn` must return a tensor of one element, got {kind}")
         module.manual_backward(loss)
-        soaa.before_clipping(scale=_compat.gradient_scale(module.trainer))
+        _compat.before_clipping(module.trainer, module, soaa)
         losses.append(loss.detach())
         return losses[0]
 

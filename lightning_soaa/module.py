@@ -68,7 +68,8 @@ class SOAAMixin(_Base):
     ``.data``. For these see :attr:`in_trial`.
     """
 
-    # Class attributes instead of __init__, which would hide the user's signature from LightningCLI.
+    # Class attributes instead of __init__, which would hide the user's signature from LightningCLI. On the instance
+    # they are set by vars(): on each other assignment torch searches parameters, buffers and modules for the name.
     _soaa_choice: bool | None = None
     _soaa_phase: str = AROUND
     _soaa_in_trial: bool = False
@@ -194,11 +195,12 @@ def _outermost(name: str, inner: Act, act: Act) -> Act:
     def hook(self: SOAAMixin, *args: Any, **kwargs: Any) -> Any:
         if self._soaa_choice in left_alone or name in self._soaa_hooks_inside:
             return inner(self, *args, **kwargs)
-        self._soaa_hooks_inside |= {name}
+        around = self._soaa_hooks_inside
+        vars(self)["_soaa_hooks_inside"] = around | {name}
         try:
             return act(self, partial(inner, self), *args, **kwargs)
         finally:
-            self._soaa_hooks_inside -= {name}
+            vars(self)["_soaa_hooks_inside"] = around
 
     vars(hook)["_soaa_outermost"] = True
     vars(hook)["__wrapped__"] = getattr(inner, "__wrapped__", inner)
@@ -215,7 +217,7 @@ def _configure_callbacks(module: SOAAMixin, inner: Act) -> Any:
         return callbacks
     refuse_unsupported(module, trainer)
     _adopt_configure_optimizers(module)
-    module._soaa_phase, module._soaa_window, module._soaa_batch_seen = AROUND, None, False
+    vars(module).update(_soaa_phase=AROUND, _soaa_window=None, _soaa_batch_seen=False)
     vars(module).pop(_WRAP_AGAIN, None)
     return with_monitor(callbacks, trainer.callbacks)
 
@@ -264,8 +266,7 @@ def _on_train_batch_start(module: SOAAMixin, inner: Act, batch: Any, batch_idx: 
         _automatic.begin_batch(module, batch, batch_idx)
     else:
         _compat.level_steps(module.trainer)
-        module._soaa_default_dtype = torch.get_default_dtype()
-        module._soaa_phase = HANDED_OVER
+        vars(module).update(_soaa_default_dtype=torch.get_default_dtype(), _soaa_phase=HANDED_OVER)
         vars(module)[_WRAP_AGAIN] = _compat.unwrap(module.trainer, module)
     return response
 
@@ -274,8 +275,9 @@ def _training_step(module: SOAAMixin, inner: Act, *args: Any, **kwargs: Any) -> 
     """Run the batch that was handed over. A call from elsewhere, such as `validation_step`, is the user's own."""
     if module._soaa_phase != HANDED_OVER:
         return inner(*args, **kwargs)
-    module._soaa_phase = AROUND
-    vars(module).pop(_WRAP_AGAIN)()
+    own = vars(module)
+    own["_soaa_phase"] = AROUND
+    own.pop(_WRAP_AGAIN)()
     return run_batch(module, partial(inner, **kwargs), args)
 
 

@@ -10,18 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_soaa._checks import refuse
 from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
-from lightning_soaa._compat import (
-    accumulating,
-    log_row,
-    row_follows,
-    row_step,
-    rows_possible,
-    say,
-    shadow_bar,
-    unshadow_bar,
-    warn,
-)
+from lightning_soaa._compat import accumulating, say, shadow_bar, unshadow_bar, warn
 from lightning_soaa._details import Details, make_details, write_distributions, write_layout
+from lightning_soaa._results import log_row, pass_over, row_follows, row_step, rows_possible
 from lightning_soaa._rows import (
     Counts,
     Monitored,
@@ -127,6 +118,7 @@ class TrustRegionMonitor(Callback):
         self._clock = BatchClock(torch.device("cpu"))
         self._trials = 0
         self._found: dict[str, Monitored] = {}
+        self._kept: list[Any] = []  # what Lightning keeps the last row's values in, until it has written them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what was said in the run before; a checkpoint to resume from is loaded after this."""
@@ -167,7 +159,10 @@ class TrustRegionMonitor(Callback):
             self._epoch_start[suffix] = counts_of(optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
+        """Start the clock, and take the last row's values out of what Lightning goes through after each batch."""
+        if self._kept:
+            pass_over(trainer, self._kept)
+            self._kept = []
         self._trials = trials_of(self._found)
         self._clock.start()
 
@@ -200,7 +195,7 @@ class TrustRegionMonitor(Callback):
         if row_due:
             # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
             row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
-            log_row(trainer, pl_module, row)
+            self._kept = log_row(trainer, pl_module, row)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""
@@ -234,7 +229,7 @@ class TrustRegionMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the progress bar as it was, and let go of the optimizers."""
-        self._found = {}
+        self._found, self._kept = {}, []
         if trainer.progress_bar_callback is not None:
             unshadow_bar(trainer.progress_bar_callback)
 

@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning_models import QUIET, Automatic, Mixed, fit
 from problems import Problem, assert_same
 
-from lightning_soaa import SOAA, RatioRadius
+from lightning_soaa import SOAA, FixedRadius, RatioRadius
+from lightning_soaa.module import SOAAMixin
+from lightning_soaa.monitor import TrustRegionMonitor
 
 pytestmark = QUIET
 
@@ -170,3 +174,113 @@ def test_clipping_by_a_trainer_flag_leaves_acceptance_ratios_below_one(kind):
     fit(Watched(RatioRadius()), gradient_clip_val=1e-3, max_epochs=2)
     assert len(ratios) >= 8
     assert max(ratios) < 1.2
+
+
+class Linear(LightningModule):
+    """A module that overrides no hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Untouched(SOAAMixin, Linear):
+    noted = 0
+
+    def configure_soaa(self, params):
+        return noting(SOAA(params, radius=FixedRadius()), self)
+
+
+class UntouchedAutomatic(Untouched):
+    automatic_optimization = True
+
+
+class UntouchedOwnLoop(Untouched):
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return self.configure_soaa(self.parameters())
+
+    def training_step(self, batch, batch_idx):
+        self.soaa_step(self.optimizers(), lambda: super(UntouchedOwnLoop, self).training_step(batch, batch_idx))
+
+
+def noting(optimizer, module):
+    """Count in `module` how often gradients are noted."""
+    inner = optimizer.before_clipping
+
+    def before_clipping(**kwargs):
+        module.noted += 1
+        inner(**kwargs)
+
+    optimizer.before_clipping = before_clipping
+    return optimizer
+
+
+MODES = [Untouched, UntouchedAutomatic, UntouchedOwnLoop]
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_gradients_that_nothing_can_edit_are_not_noted(kind):
+    module = kind()
+    fit(module, [TrustRegionMonitor(layers=1, histograms=True)])
+    assert (module.noted, module.global_step) == (0, 16)
+
+
+def hook(self, *args, **kwargs):
+    """Do nothing."""
+
+
+def clip_by_hand(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    self.clip_gradients(optimizer, 0.1, "norm")
+
+
+def step_by_hand(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+    optimizer.step(closure=optimizer_closure)
+
+
+class Stepping(SOAA):
+    def step(self, closure=None, **kwargs):
+        return super().step(closure, **kwargs)
+
+
+EDITORS = {
+    "a hook of the module's": (lambda kind: type("Own", (kind,), {"on_before_optimizer_step": hook}), {}),
+    "a hook of a callback's": (None, {"callbacks": [type("Own", (Callback,), {"on_before_optimizer_step": hook})()]}),
+    "a hook of the user's monitor": (
+        None,
+        {"callbacks": [type("Own", (TrustRegionMonitor,), {"on_before_optimizer_step": hook})()]},
+    ),
+    "a function that is a hook": (
+        None,
+        {"callbacks": [LambdaCallback(on_before_optimizer_step=lambda *args: None)]},
+    ),
+    "an optimizer of the user's": (
+        lambda kind: type(
+            "Own",
+            (kind,),
+            {"configure_soaa": lambda self, params: noting(Stepping(params, radius=FixedRadius()), self)},
+        ),
+        {},
+    ),
+}
+# Lightning allows none of these where the module runs a loop of its own, or calls them for none.
+AUTOMATIC_EDITORS = {
+    "the flag": (None, {"gradient_clip_val": 0.1}),
+    "clipping of the module's": (lambda kind: type("Own", (kind,), {"configure_gradient_clipping": clip_by_hand}), {}),
+    "the module's own step": (lambda kind: type("Own", (kind,), {"optimizer_step": step_by_hand}), {}),
+    "the module's clip_gradients": (lambda kind: type("Own", (kind,), {"clip_gradients": hook}), {}),
+}
+CASES = [(kind, name) for kind in MODES for name in EDITORS]
+CASES += [(kind, name) for kind in MODES[:2] for name in AUTOMATIC_EDITORS]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_gradients_that_something_may_edit_before_the_step_are_noted_on_each(kind, name):
+    make, flags = {**EDITORS, **AUTOMATIC_EDITORS}[name]
+    module = (make or (lambda same: same))(kind)()
+    fit(module, flags.get("callbacks", ()), **{key: value for key, value in flags.items() if key != "callbacks"})
+    assert module.noted == module.global_step == 16

@@ -47,6 +47,7 @@ LAYERS = {
     "_holdings": ({"_dist"}, FRONT),
     "trial": ({"_checks", "_dist", "_holdings"}, FRONT),
     "_compat": ({"_checks"}, FRONT),
+    "_results": ({"_compat"}, FRONT),
     "_setup": ({"_checks", "_compat", "_dist", "optimizer", "monitor"}, FRONT),
     "_closures": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
     "_automatic": ({"_compat", "_closures", "trial"}, FRONT),
@@ -67,7 +68,10 @@ LAYERS = {
     "_rows": ({"_checks", "console", "report"}, set()),
     "_details": ({"_checks", "_rows", "_sums", "fisher", "report"}, TORCH),
     "monitor": (
-        {"_checks", "report", "metrics", "console", "_watch", "advice", "_compat", "_clock", "_rows", "_details"},
+        {
+            *("_checks", "report", "metrics", "console", "_watch", "advice", "_compat", "_results", "_clock", "_rows"),
+            "_details",
+        },
         FRONT,
     ),
     "report_callback": ({"_checks", "_compat", "_rows", "_runs", "run_report", "monitor"}, FRONT),

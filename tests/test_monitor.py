@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning_models import FISHER, TRUST_REGION, manual_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -220,6 +221,17 @@ def test_keys_are_made_once_and_given_values_from_then_on(tmp_path, monkeypatch)
     radii = [report.radius for report in module.reports]
     assert [row["trust_region/radius"] for row in rows(tmp_path)] == radii
     assert run.callback_metrics["trust_region/radius"] == run.logged_metrics["trust_region/radius"] == radii[-1]
+
+
+def test_between_rows_nothing_goes_through_the_values(tmp_path, monkeypatch):
+    looked, get_cache = [], _ResultCollection._get_cache
+    look = lambda metric, on_step: looked.append(metric.meta.name) or get_cache(metric, on_step)  # noqa: E731
+    monkeypatch.setattr(_ResultCollection, "_get_cache", staticmethod(look))
+    run = trainer(tmp_path, log_every_n_steps=4)
+    run.fit(Manual(), batches(13))
+    # For each of three rows: at the end of the batch, and to write it.
+    assert {name: looked.count(name) for name in looked if "/" in name} == dict.fromkeys(TRUST_REGION | FISHER, 6)
+    assert run.callback_metrics.keys() >= TRUST_REGION | FISHER
 
 
 def test_advice_is_looked_for_only_where_there_is_news(tmp_path, monkeypatch):

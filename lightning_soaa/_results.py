@@ -1,0 +1,76 @@
+"""What Lightning keeps of logged values from one row to the next.
+
+Private names used here: ``_logger_connector.should_update_logs``, ``_results`` with its ``update_metrics``,
+``has_reset`` of what that holds, ``_current_fx_name`` of a module and ``epoch_loop._batches_that_stepped``.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_soaa._compat import accumulating
+
+
+def rows_possible(trainer: Any) -> bool:
+    """Return whether `trainer` writes any rows."""
+    return bool(trainer.loggers) and not trainer.barebones
+
+
+def row_follows(trainer: Any) -> bool:
+    """Return whether `trainer` will write a row after this batch, the same answer on all processes.
+
+    These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
+    """
+    if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
+        return False  # first, since most batches have none
+    if not rows_possible(trainer):
+        return False
+    return not (accumulating(trainer) and trainer.lightning_module.automatic_optimization)
+
+
+def row_step(trainer: Any) -> int:
+    """Return the place on the x-axis of the row that `trainer` will write after this batch."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def log_row(trainer: Any, module: Any, row: Mapping[str, torch.Tensor]) -> list[Any]:
+    """Add values to the row that `trainer` will write after this batch, as `module.log_dict` does.
+
+    Lightning's ``log`` walks through all that it keeps of a key each time, which takes longer than everything else
+    about a row. Keys that it knows, with what they were logged by, are given their new values.
+
+    Returns:
+        What Lightning keeps the values in, for :func:`pass_over`.
+    """
+    results = trainer._results
+    keys = {f"{module._current_fx_name}.{name}": value for name, value in row.items()}
+    if keys.keys() <= results.keys():
+        for key, value in keys.items():
+            results.update_metrics(key, value, 1)
+    else:
+        module.log_dict(dict(row), on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+    return [results[key] for key in keys]
+
+
+class _UntilStop:
+    """A bool that is true until `trainer` has been told to stop."""
+
+    __slots__ = ("trainer",)
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def __bool__(self) -> bool:
+        return not self.trainer.should_stop
+
+
+def pass_over(trainer: Any, kept: Iterable[Any]) -> None:
+    """Have Lightning pass over the values of :func:`log_row` until there are new ones, or the run is to stop.
+
+    It has entered them in ``callback_metrics`` and ``logged_metrics``, where they stay, and would enter them again
+    after each batch. The row that ends a run that another callback has stopped repeats them.
+    """
+    mark = _UntilStop(trainer)
+    for metric in kept:
+        metric.has_reset = mark
