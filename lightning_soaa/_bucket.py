@@ -10,7 +10,7 @@ from lightning_soaa._dist import Shards
 from lightning_soaa._sums import on_host
 
 # Entries worked on at a time: on a CPU three float32 temporaries of them fit its last cache (they take 3 MB); elsewhere
-# they take 400 MB.
+# a check, which forms five, takes 700 MB.
 CACHED, BOUNDED = 2**18, 2**25
 # Tensors of no more entries are worked on together, where copies of them cost less than an operation on each.
 SMALL = 2**14
@@ -28,7 +28,7 @@ class Bucket:
         eps: the constant of steps 3 and 5.
         foreach: whether the ``_foreach`` form is used.
         fused: whether a fused kernel may be used.
-        compiled: whether the compiled step may be used.
+        whole: its tensors have not been divided, for the compiled step.
         params: the parameters, as real tensors of any shape.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
@@ -47,7 +47,7 @@ class Bucket:
     eps: float
     foreach: bool
     fused: bool = False
-    compiled: bool = False
+    whole: bool = False
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -107,10 +107,10 @@ def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
 
     What is formed between two passes over a block stays small, on a CPU in its cache. There small tensors are worked
     on as one, too, since for them an operation costs more than its work: in a copy, unless they lie side by side. With
-    `whole`, tensors are not divided, and may go into the compiled step.
+    `whole`, larger tensors are not divided.
     """
     host = on_host(bucket.device)
-    most, small = block_size(bucket.device), SMALL if host else -1
+    most, small = block_size(bucket.device), SMALL if host or whole else -1
     room, parts, blocks = {True: 0, False: 0}, dict[bool, Bucket](), list[Bucket]()
     for row in zip(bucket.params, bucket.grads, *bucket.state.values(), strict=True):
         for param, grad, *kept in [row] if whole else pieces(row, most):
@@ -118,7 +118,7 @@ def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
             packs = size <= small
             if size > room[packs] or packs not in parts:
                 empty: dict[str, list[Tensor]] = {name: [] for name in bucket.state}
-                parts[packs] = replace(bucket, params=[], grads=[], state=empty, compiled=whole)
+                parts[packs] = replace(bucket, params=[], grads=[], state=empty, whole=whole and not packs)
                 parts[packs].coordinates = 0 if blocks else bucket.coordinates
                 blocks.append(parts[packs])
                 room[packs] = most
@@ -129,7 +129,7 @@ def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
             for tensors, tensor in zip(part.state.values(), kept, strict=True):
                 tensors.append(tensor)
     for block in blocks:
-        if len(block.params) > 1 and block.params[0].numel() <= small:
+        if host and len(block.params) > 1 and block.params[0].numel() <= small:
             views = {name: one_view(tensors) for name, tensors in block.state.items()}
             block.flat, block.grads = True, [flatten(block.grads)]
             block.packed = {name: tensors for name, tensors in block.state.items() if views[name] is None}

@@ -81,13 +81,13 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
     return torch.where((share > 0) & share.isfinite(), share, 1.0)
 
 
-def ensure_state(entries: Iterable[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
+def ensure_state(entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
     """Give every parameter that has none its fresh state (`state` is modified in place)."""
     fresh = [param for _, param in entries if not state[param]]
-    kept = [fisher.init(as_real(param), state_dtype(param.dtype)) for param in fresh]
-    lay_out(kept, fisher)
-    for param, each in zip(fresh, kept, strict=True):
-        state[param].update({STEP: 0, **each})
+    for param in fresh:
+        state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
+    if fresh:
+        lay_out([state[param] for _, param in entries], fisher)
 
 
 def lay_out(states: Sequence[dict[str, Any]], fisher: AbstractFisher) -> None:
@@ -105,11 +105,7 @@ def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:
 
 
 def gather(
-    entries: Iterable[Entry],
-    groups: Sequence[Mapping[str, Any]],
-    state: dict[Tensor, dict[str, Any]],
-    *,
-    compiled: bool = False,
+    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> list[Bucket]:
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
 
@@ -130,7 +126,7 @@ def gather(
             beta1, beta2 = group["betas"]
             foreach, fused = group["foreach"] is not False, has_fused(group, param.device)
             bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach, fused)
-            bucket.last_bound, bucket.shards, bucket.compiled = float(group[GROUP_RADIUS]), shards, compiled
+            bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
             buckets[key] = bucket
         grad = _as_kept(grad if plain else local(grad), state_dtype(param.dtype))
         real = as_real(param if plain else local(param))

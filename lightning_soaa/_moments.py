@@ -158,8 +158,8 @@ def advance_fused(
 ) -> list[Tensor]:
     """:func:`update_moments` and then :func:`box_direction` without a scale, in one pass by torch's own AdamW kernel.
 
-    The kernel moves tensors of zeros, which are the direction then. It agrees with the two up to rounding. The tensors
-    are contiguous and on a device that has the kernel.
+    The kernel moves tensors of zeros, which are the direction then. It agrees with the two up to rounding. It neither
+    checks strides on every device nor minds shapes: the tensors have to be contiguous, and on a device that has it.
 
     Args:
         grads: gradients.
@@ -173,11 +173,12 @@ def advance_fused(
         eps: added to the denominator.
     """
     directions, device = [torch.zeros_like(first) for first in m], m[0].device
+    u, g, first, second = ([tensor.view(-1) for tensor in tensors] for tensors in (directions, grads, m, v))
     torch._fused_adamw_(
-        directions,
-        grads,
-        m,
-        v,
+        u,
+        g,
+        first,
+        second,
         [],
         [torch.full((), float(step), dtype=torch.float32, device=device)] * len(m),
         lr=-radius,

@@ -98,6 +98,7 @@ def propose(
     unit: float | None = None,
     check: bool = False,
     left: Tensor | None = None,
+    compiled: bool = False,
 ) -> Proposal:
     """Look at all gradients: are they and the loss finite, and not far out, and what is the step to be measured in?
 
@@ -114,10 +115,11 @@ def propose(
         unit: root mean square of the gradients at the last check, None if it is not known.
         check: find it anew.
         left: share of the gradients that clipping left, 0-d; None for all.
+        compiled: the compiled step is asked for, which forms nothing on the way; slopes and checks do without it.
     """
-    blocks = buckets
-    if fisher.elementwise:  # the compiled step, which slopes and checks do without, forms nothing on the way
-        blocks = [b for bucket in buckets for b in divide(bucket, whole=bucket.compiled and not check and not slope)]
+    whole, blocks = compiled and not check and not slope, buckets
+    if fisher.elementwise:
+        blocks = [block for bucket in buckets for block in divide(bucket, whole=whole)]
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)

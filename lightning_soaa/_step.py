@@ -53,7 +53,7 @@ class Stepper:
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
         left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
-        buckets = gather(entries, self.groups, self.state, compiled=self.compiled)
+        buckets = gather(entries, self.groups, self.state)
         return propose(
             buckets,
             base,
@@ -64,6 +64,7 @@ class Stepper:
             unit=head[keys.GRADIENT_RMS],
             check=check,
             left=left,
+            compiled=self.compiled,
         )
 
     def _minimised(self, loss: Tensor, home: torch.device) -> Tensor:
@@ -78,20 +79,24 @@ class Stepper:
     def plain(self, entries: list[Entry], base: Tensor | None, numbers: Numbers) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
         proposal = self._propose(entries, base, check=False)
-        numbers, known = follow(
-            proposal,
-            self.rule,
-            numbers,
-            walk=self._walk,
-            evidence=Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"]),
-        )
+        evidence = Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"])
+        try:
+            numbers, known = follow(proposal, self.rule, numbers, walk=self._walk, evidence=evidence)
+        except BaseException:
+            if not proposal.absorbed:
+                self._uncount(entries)
+            raise
         if known.get("skipped", False):
-            for _, param in entries:
-                self.state[param][keys.STEP] -= 1
+            self._uncount(entries)
         return proposal, numbers, known
 
+    def _uncount(self, entries: list[Entry]) -> None:
+        """Take back the gradient that the age of the parameters has counted."""
+        for _, param in entries:
+            self.state[param][keys.STEP] -= 1
+
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
-        """Take a step whose trial loss is evaluated; an exception on the way undoes all of it."""
+        """Take a step whose trial loss is evaluated; an exception before it is decided undoes all of it."""
         moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits, check=True)
         snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
         head = self.groups[0]

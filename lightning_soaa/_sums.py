@@ -36,7 +36,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return ``sum_i <left_i, right_i>`` as a 0-d tensor in the wide dtype."""
-    parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
+    parts = [(a * b).sum() for a, b in zip(left, right, strict=True)]
     return stacked(parts).to(wide_dtype(left[0].device)).sum()
 
 

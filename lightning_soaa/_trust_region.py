@@ -70,7 +70,7 @@ def search(
     Reads the host once a trial of a step. The trial point leaves weight decay out, since decay is no part of the loss.
 
     Args:
-        proposal: gradients absorbed.
+        proposal: what its moments have not absorbed they do not absorb here.
         snapshot: the point the step starts from.
         rule: judges each trial.
         numbers: the rule's running numbers.
@@ -119,7 +119,7 @@ def search(
             snapshot.restore_params()
         elif any(size.decay for size in proposal.sizes):
             snapshot.restore_params()
-            walk(proposal, radius)
+            walk(proposal, radius, keeps=False)
         if decision.accepted or not decision.retry:
             return numbers, known
 

@@ -65,7 +65,7 @@ def walk(
     for block in proposal.blocks:
         size, device = sizes[block.group], block.device
         ok, unit = allowed(proposal.ok, device), near(proposal.unit, device)
-        if strides(block, proposal) and keeps and moves and reduction is None:
+        if keeps and block.whole and isinstance(unit, float) and strides(block, proposal):
             share = size.decay if decay else 0.0
             square = fisher.stride(block, ok, size.radius, unit, lr=size.lr, decay=share, cautious=cautious)
             squares.append(square)
@@ -91,14 +91,9 @@ def walk(
 
 
 def strides(block: Bucket, proposal: Proposal) -> bool:
-    """Return whether the compiled step may be taken: on whole tensors in a row whose moments are as they were."""
+    """Return whether a block can take the compiled step: contiguous tensors whose moments are as they were."""
     tensors = (*block.params, *block.grads, *(x for kept in block.state.values() for x in kept))
-    return (
-        block.compiled
-        and not (block.flat or proposal.absorbed)
-        and isinstance(proposal.unit, float)
-        and all(tensor.is_contiguous() for tensor in tensors)
-    )
+    return not proposal.absorbed and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def move(bucket: Bucket, directions: list[Tensor], size: StepSize, ok: Tensor | None, *, decay: bool) -> None:

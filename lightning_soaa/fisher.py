@@ -10,6 +10,7 @@ from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._moments import (
@@ -48,9 +49,13 @@ def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, 
 class AbstractFisher(ABC):
     """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
 
-    # Whether it may be asked of parts of tensors, and of several in one; whether it has a compiled step.
+    # Whether it may be asked of parts of tensors, and of several in one.
     elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+
+    @property
+    def compiles(self) -> bool:
+        """Return whether it has a compiled step, :meth:`stride`."""
+        return False
 
     @abstractmethod
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -96,7 +101,7 @@ class AbstractFisher(ABC):
         return self.direction(bucket, None, ok, radius, unit, cautious=cautious)
 
     def stride(
-        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, lr: float, decay: float, cautious: bool
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: float, *, lr: float, decay: float, cautious: bool
     ) -> Tensor:
         """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d.
 
@@ -126,7 +131,11 @@ class DiagonalFisher(AbstractFisher):
     """
 
     elementwise: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+
+    @property
+    def compiles(self) -> bool:
+        """Return whether it has a compiled step; a subclass may do other things on the way."""
+        return type(self) is DiagonalFisher
 
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`."""
@@ -173,7 +182,9 @@ class DiagonalFisher(AbstractFisher):
     def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
         """Do :meth:`update` and return :meth:`direction` without a scale, by the fused kernel where there is one."""
         m, v = bucket.state[MOMENT], bucket.state[SQUARE]
-        if not bucket.fused or isinstance(unit, Tensor) or not all(x.is_contiguous() for x in (*bucket.grads, *m, *v)):
+        fused = bucket.fused and all(x.is_contiguous() for x in (*bucket.grads, *m, *v))
+        # A subclass may do other things on the way. The kernel takes eps as a number.
+        if not fused or type(self) is not DiagonalFisher or isinstance(unit, Tensor):
             return super().advance(bucket, ok, radius, unit, cautious=cautious)
         directions = advance_fused(
             bucket.grads,
@@ -191,7 +202,7 @@ class DiagonalFisher(AbstractFisher):
         return directions
 
     def stride(
-        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, lr: float, decay: float, cautious: bool
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: float, *, lr: float, decay: float, cautious: bool
     ) -> Tensor:
         """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d."""
         numbers = stride_numbers(
@@ -201,14 +212,15 @@ class DiagonalFisher(AbstractFisher):
             step=bucket.step,
             beta1=bucket.beta1,
             beta2=bucket.beta2,
-            eps=bucket.eps * (unit if isinstance(unit, float) else 1.0),
+            eps=unit * bucket.eps,
             device=bucket.device,
         )
         allows = torch.ones((), dtype=torch.bool, device=bucket.device) if ok is None else ok
         rows = zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True)
         form, parts = compiled_stride(), []
-        for row in rows:
-            parts.append(form(*(x.detach().view(-1) for x in row), allows, numbers, cautious=cautious))
+        for row in rows:  # a view of something would be compiled anew for each shape of that
+            parts.append(form(*(x.view(-1).data for x in row), allows, numbers, cautious=cautious))
+            increment_version(row[0])
         return stacked(parts).to(wide_dtype(bucket.device)).sum()
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:

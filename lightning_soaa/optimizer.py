@@ -82,6 +82,8 @@ class SOAA(Optimizer):
     Does not support sparse gradients.
     """
 
+    _compiled = False
+
     def __init__(
         self,
         params: ParamsT,
@@ -211,7 +213,7 @@ class SOAA(Optimizer):
             ValueError: the radius rule needs a loss or a loss closure and was given none, or its radius is not finite.
 
         An exception in either closure leaves parameters and state as they were before the step. So does one in the
-        radius rule on a check; elsewhere parameters and radius stay, but the moments have absorbed the gradient.
+        radius rule on a check; elsewhere parameters and radius stay, but the moments may have absorbed the gradient.
 
         The first check evaluates the loss closure once more, before anything moves: what it differs by from the loss
         of the gradients (``last_step.repeat_gap``) is forgiven in all checks, as rounding is.
@@ -347,5 +349,6 @@ class SOAA(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults = {"fused": None, **self.defaults}  # of a pickle from before there was one
         self._forget()
         keys.fill_missing(self.param_groups, self.defaults, self.radius_rule)
