@@ -11,6 +11,9 @@ from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 # Bounds of the radius, in units of its prior. Three decades below it AdamW is slow on every task that was measured;
 # ten times above it one step is twice as long as the parameters.
 FLOOR, CEILING = 1e-3, 10.0
+# Beyond so many times its prior, checks after burn-in grow the radius only where fresh slopes are positive: in noise,
+# curvature eats little of what a step's own batch promises, though the next batch finds the slope turned.
+GROWN = 3.0
 # Below this share of the schedule's peak a step is too small to tell what the radius is worth at the peak.
 LATE = 0.05
 # Below this share burn-in does not pass the prior: the peak that a warm-up leads to is for the prior.
@@ -31,9 +34,10 @@ class RatioRadius(AbstractRadius):
     the root mean square of the parameters; the learning rate plays no part in that. Curvature eats a share of every
     predicted reduction, ``1 - rho``; a check measures it on the batch of the step. The mean share moves the radius:
 
-    - Less than ``1 - target``: the step is short, and the radius grows, beyond its prior too. Where a scheduler
-      multiplies the step by f < 1, curvature eats less by as much; the share is held against ``f (1 - target)``, so
-      that growth does not work against the schedule, and below 5 % of its peak the radius does not grow at all.
+    - Less than ``1 - target``: the step is short, and the radius grows, after burn-in to more than 3 times its prior
+      only where the next batch finds a slope that is left. Where a scheduler multiplies the step by f < 1, curvature
+      eats less by as much; the share is held against ``f (1 - target)``, so that growth does not work against the
+      schedule, and below 5 % of its peak the radius does not grow at all.
     - More, and the next batch finds no slope back: the model of the loss does not hold over a step this long, and the
       radius shrinks. (The slope that a fresh gradient finds at the end of the step, in units of the slope at its start,
       is ``2 rho - 1`` on a quadratic. Where the mean of slope and share is above ``1 - target``, curvature raises the
@@ -155,12 +159,14 @@ class RatioRadius(AbstractRadius):
             radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
             phase, steady = (0, 0.0) if ends else (1, steady)
         else:
+            limit = high if fresh > 0 else GROWN * prior
+            short = short and (radius < limit or fresh > 0)
             moves = long or (short and not unknown and schedule > LATE)
             steady = 0.0 if moves else steady + 1
             if long:
                 radius *= 0.7
             elif moves:
-                radius = min(1.2 * radius, max(radius, high))
+                radius = min(1.2 * radius, max(radius, limit))
             else:
                 radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
         scale = prior / self.relative if new["phase"] and not phase else new["scale"]

@@ -206,12 +206,12 @@ class ReferenceSOAA:
                 self.phase = 1
             self.scale = prior / self.options["relative"] if ends else self.scale
         else:
-            grows = short and known and f > 0.05
+            grows = short and known and f > 0.05 and (slope > 0 or self.d < 3 * prior)
             self.steady = 0 if long or grows else self.steady + 1
             if long:
                 self.d *= 0.7
             elif grows:
-                self.d = min(1.2 * self.d, max(self.d, high))
+                self.d = min(1.2 * self.d, max(self.d, high if slope > 0 else 3 * prior))
             elif self.d < prior:
                 self.d = min(1.1 * self.d, prior)
             else:

@@ -277,8 +277,11 @@ DECISIONS = {
     ),
     "growth": ({"phase": 0, "radius": 0.04, "steady": 7}, {}, {"factor": 1.2, "steady": 0}),
     "growth beyond the prior": ({"phase": 0, "radius": 0.4}, {}, {"factor": 1.2}),
-    "growth up to the ceiling": ({"phase": 0, "radius": 1.9, "steady": 7}, {}, {"radius": HIGH, "steady": 0}),
-    "what is above it stays there": ({"phase": 0, "radius": 2.1}, {}, {"radius": 2.1}),
+    "growth up to 3 times the prior": ({"phase": 0, "radius": 0.55, "steady": 7}, {}, {"radius": 0.6, "steady": 0}),
+    "no growth beyond": ({"phase": 0, "radius": 0.601, "steady": 7}, {}, {"factor": 0.975, "steady": 8}),
+    "but where a slope is left": ({"phase": 0, "radius": 0.601, "slope": 0.01}, {}, {"factor": 1.2, "steady": 0}),
+    "growth up to the ceiling": ({"phase": 0, "radius": 1.9, "slope": 0.5}, {}, {"radius": HIGH, "steady": 0}),
+    "what is above it stays there": ({"phase": 0, "radius": 2.1, "slope": 0.5}, {}, {"radius": 2.1}),
     "one check is a fifth of the mean": (
         {"phase": 0, "radius": 0.4, "eaten": 0.3},
         {"actual": 0.4},
