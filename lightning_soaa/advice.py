@@ -26,7 +26,7 @@ ROUNDING = 1e-6
 # The gap is one draw of a random difference, which can by chance be several times smaller than a typical one: 1 % seen
 # may be 5 % in the ratios, of which radius rules resolve about 10 %.
 GAP_SHARE = 0.01
-# Where a run starts below the resolution of its loss, a growing radius (1.25 a check) leaves it within 20 checks if the
+# Where a run starts below the resolution of its loss, a growing radius (1.35 a check) leaves it within 20 checks if the
 # first predicted reduction was more than 1/70 of the loss's last place.
 STUCK_CHECKS = 20
 # The Fisher is exactly 0 only if no gradient so far was anything else; three rows, so that no first row decides alone.

@@ -155,7 +155,7 @@ class RatioRadius(AbstractRadius):
             held = radius >= top
             steady = steady + min(1.0, schedule) if held else 0.0
             ends = ends or steady > HELD
-            growth = 1.25 if eaten < excess / 2 else 1.1
+            growth = 1.35 if eaten < excess / 2 else 1.1
             radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
             phase, steady = (0, 0.0) if ends else (1, steady)
         else:

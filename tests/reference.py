@@ -199,7 +199,7 @@ class ReferenceSOAA:
             if long:
                 self.d *= 0.4
             elif not ends and not held:
-                self.d = min(self.d * (1.25 if eaten < excess / 2 else 1.1), top)
+                self.d = min(self.d * (1.35 if eaten < excess / 2 else 1.1), top)
             if ends:
                 self.phase, self.steady = 0, 0
             else:

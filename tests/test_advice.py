@@ -518,8 +518,8 @@ FAULTS = {
     "trials that turn nan": (lambda: Manual(turned_nan), RATE, RATE),
     "gradients of the wrong sign": (Reversed, FLOOR, FLOOR),
     "a prior that is much too small": (lambda: Mixed(radius=RatioRadius(relative=1e-3)), CEILING, CEILING),
-    "nan in the data": (Poisoned, "4 of 40 steps were skipped: 4 with a loss", "4 of 40 steps were skipped: 4 with a"),
-    "batches far out": (Spiky, "3 of 40 steps were skipped: 0 with a loss", "3 of 40 steps were skipped: 0 with a"),
+    "nan in the data": (Poisoned, "4 of 40 steps were skipped: 4 with a loss", "5 of 41 steps were skipped: 5 with a"),
+    "batches far out": (Spiky, "3 of 40 steps were skipped: 0 with a loss", "3 of 42 steps were skipped: 0 with a"),
     "a loss closure without parameters": (lambda: Manual(computed_before), STUCK_TEXT, STUCK_TEXT),
 }
 
@@ -576,7 +576,7 @@ def test_advice_can_be_switched_off(tmp_path):
 
 
 def test_a_warning_names_the_monitor_and_has_a_category_of_its_own():
-    with pytest.warns(TrustRegionWarning, match="^TrustRegionMonitor: 4 of 40 steps were skipped: 4 with a loss"):
+    with pytest.warns(TrustRegionWarning, match="^TrustRegionMonitor: 5 of 41 steps were skipped: 5 with a loss"):
         Trainer(
             accelerator="cpu",
             max_epochs=1,

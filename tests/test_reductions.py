@@ -128,7 +128,7 @@ def test_a_step_falls_short_when_curvature_eats_more_than_its_share(base, trial,
 LOW, PRIOR, HIGH = 2e-4, 0.2, 2.0
 NAN, BF16 = math.nan, 2.0**-7
 STAYS = {"accepted": True, "retry": False}
-GROWS, CREEPS, RETRY = {"factor": 1.25, **STAYS}, {"factor": 1.1, **STAYS}, {"accepted": False, "retry": True}
+GROWS, CREEPS, RETRY = {"factor": 1.35, **STAYS}, {"factor": 1.1, **STAYS}, {"accepted": False, "retry": True}
 
 DECISIONS = {
     # The first step
