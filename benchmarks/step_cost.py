@@ -1,8 +1,9 @@
 """What a step costs beside AdamW: ``python -m benchmarks.step_cost [--part shapes|training|growth] [--rounds 30]``.
 
 All contestants of a row are stepped in turn in one process; a figure is the median over rounds of the ratio within a
-round, with its quartiles. No forward or backward pass is timed, except by ``--part training``, where whole training
-steps are: the checks' forward passes are in it.
+round, with its quartiles. Times are the processor's where there is one thread, which other processes on the machine
+disturb less. No forward or backward pass is timed, except by ``--part training``, where whole training steps are: the
+checks' forward passes are in it.
 """
 
 import argparse
@@ -36,13 +37,17 @@ NEVER = 10**9
 TASKS = ("mnist_cnn", "char_transformer")
 
 
-def _soaa(params: list[nn.Parameter], *, interval: int, **options: object) -> Step:
-    """Return a step of SOAA after burn-in that is a check every `interval` steps."""
+def _soaa(params: list[nn.Parameter], *, interval: int, slope: float = 0.0, **options: object) -> Step:
+    """Return a step of SOAA after burn-in that is a check every `interval` steps.
+
+    With a `slope`, that of a check, it is the step after one, which holds its gradient against it.
+    """
     optimizer = SOAA(params, radius=RatioRadius(interval=interval), **options)  # type: ignore[arg-type]
     head, loss, lower = optimizer.param_groups[0], torch.tensor(1.0), torch.tensor(1.0 - 1e-9)
 
     def step() -> None:
         head.update({"rule_phase": 0, "rule_steady": 0.0, "radius": 1e-6, "rule_scale": 1.0, "gradient_rms": 1.0})
+        head["checked_slope"] = slope
         optimizer.step(lambda: loss, loss_closure=lambda: lower)
 
     return step
@@ -68,6 +73,7 @@ def contestants(*, peers: bool) -> dict[str, Callable[[list[nn.Parameter]], Step
         "SOAA between checks": lambda params: _soaa(params, interval=NEVER),
         "SOAA between checks, compiled": lambda params: _soaa(params, interval=NEVER, compile=True),
         "SOAA on a check": lambda params: _soaa(params, interval=1),
+        "SOAA on the step after one": lambda params: _soaa(params, interval=NEVER, slope=1.0),
         "SOAA, KroneckerFisher": lambda params: _soaa(params, interval=NEVER, fisher=KroneckerFisher()),
     }
     names = {"Prodigy": "prodigy", "Schedule-Free": "schedule_free", "MoMo": "momo", "SOAP": "soap", "Muon": "muon"}
@@ -84,10 +90,9 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Par
     return params
 
 
-def rounds(
-    steps: Mapping[str, Step], count: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+def rounds(steps: Mapping[str, Step], count: int, clock: Callable[[], float] | None = None) -> dict[str, list[float]]:
     """Step all in turn, `count` times after three to warm up; return the seconds of each."""
+    clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(count + 3):
         for name, step in steps.items():
@@ -111,7 +116,7 @@ def shapes_part(console: Console, names: list[str], dtype: torch.dtype, count: i
         table = Table("step", "ms", "x AdamW foreach", "x AdamW fused", title=f"{name}, {dtype}", title_justify="left")
         built = contestants(peers=peers)
         if SHAPES[name] is TRANSFORMER:
-            built = {key: built[key] for key in list(built)[:7] if key != "AdamW for-loop"}
+            built = {key: built[key] for key in list(built)[:8] if key != "AdamW for-loop"}
         seconds = rounds({key: make(parameters(SHAPES[name], dtype)) for key, make in built.items()}, count)
         foreach, fused = seconds["AdamW foreach"], seconds["AdamW fused"]
         for key, values in seconds.items():

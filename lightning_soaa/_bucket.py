@@ -1,7 +1,9 @@
 """Tensors that are stepped together, and the memory that they are worked on in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +11,32 @@ from torch import Tensor
 from lightning_soaa._dist import Shards
 from lightning_soaa._sums import on_host
 
-# Entries worked on at a time: on a CPU three float32 temporaries of them fit its last cache (they take 3 MB); elsewhere
-# a check, which forms five, takes 700 MB.
-CACHED, BOUNDED = 2**18, 2**25
+# Entries worked on at a time: on a CPU what a step forms of them, two float32 tensors and four on a check, fits a cache
+# (they take 1 and 2 MB); elsewhere a check, which forms five, takes 700 MB.
+CACHED, BOUNDED = 2**17, 2**25
 # Tensors of no more entries are worked on together, where copies of them cost less than an operation on each.
 SMALL = 2**14
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a bucket is moved along its directions.
+
+    Args:
+        lr: what multiplies the direction.
+        decay: share of the parameters that weight decay takes.
+        cautious: coordinates on which the direction does not descend along the gradients stay.
+        keeps: False to leave the moments as they are.
+        promises: the slope along the step is asked for as well.
+        compiled: by what torch.compile makes, which neither leaves moments nor promises.
+    """
+
+    lr: float
+    decay: float
+    cautious: bool
+    keeps: bool = True
+    promises: bool = False
+    compiled: bool = False
 
 
 @dataclass
@@ -28,7 +51,7 @@ class Bucket:
         eps: the constant of steps 3 and 5.
         foreach: whether the ``_foreach`` form is used.
         fused: whether a fused kernel may be used.
-        whole: its tensors have not been divided, for the compiled step.
+        whole: its tensors have not been divided, for a step that does so itself or is compiled.
         params: the parameters, as real tensors of any shape.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
@@ -83,9 +106,41 @@ class Bucket:
         """Return whether to use multi-tensor operations, which agree bit for bit with a for-loop."""
         return self.foreach and len(self.grads) > 1
 
+    def but(self, **changes: Any) -> "Bucket":
+        """Return the bucket with other values of some fields; dataclasses.replace takes ten times as long."""
+        other = object.__new__(Bucket)
+        vars(other).update(vars(self), **changes)
+        return other
+
     def tentative(self) -> "Bucket":
         """Return the bucket with a copy of its state, for a step that may be undone."""
-        return replace(self, state={name: [kept.clone() for kept in tensors] for name, tensors in self.state.items()})
+        return self.but(state={name: [kept.clone() for kept in tensors] for name, tensors in self.state.items()})
+
+    def parts(self) -> "Iterator[Bucket]":
+        """Yield the bucket in parts of at most :func:`block_size` entries, as far as its tensors can be divided."""
+        if not self.whole:
+            yield self
+        elif on_host(self.device):
+            for params, grad, *kept in self.rows(tuple(self.state)):
+                state = {name: [tensor] for name, tensor in zip(self.state, kept, strict=True)}
+                yield self.but(params=params, grads=[grad], state=state, whole=False)
+        else:
+            yield from divide(self)
+
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield parameters (a list), gradients and the named state, in parts of at most :func:`block_size` entries.
+
+        Of small tensors that are worked on as one, all at once; else one tensor, flat, or a part of it. One that is not
+        contiguous is yielded as it is.
+        """
+        kept = [self.state[name] for name in names]
+        if self.flat:
+            yield self.params, self.grads[0], *(tensors[0] for tensors in kept)
+            return
+        most = block_size(self.device)
+        for row in zip(self.params, self.grads, *kept, strict=True):
+            for param, *others in pieces(row, most):
+                yield [param], *others
 
     def spread(self, like_grads: list[Tensor]) -> list[Tensor]:
         """Return tensors like the gradients here as tensors like the parameters, which share their memory."""
@@ -111,33 +166,46 @@ def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
     """
     host = on_host(bucket.device)
     most, small = block_size(bucket.device), SMALL if host or whole else -1
-    room, parts, blocks = {True: 0, False: 0}, dict[bool, Bucket](), list[Bucket]()
-    for row in zip(bucket.params, bucket.grads, *bucket.state.values(), strict=True):
-        for param, grad, *kept in [row] if whole else pieces(row, most):
-            size = param.numel()
-            packs = size <= small
-            if size > room[packs] or packs not in parts:
-                empty: dict[str, list[Tensor]] = {name: [] for name in bucket.state}
-                parts[packs] = replace(bucket, params=[], grads=[], state=empty, whole=whole and not packs)
-                parts[packs].coordinates = 0 if blocks else bucket.coordinates
-                blocks.append(parts[packs])
-                room[packs] = most
-            part = parts[packs]
-            room[packs] -= size
-            part.params.append(param)
-            part.grads.append(grad)
-            for tensors, tensor in zip(part.state.values(), kept, strict=True):
-                tensors.append(tensor)
-    for block in blocks:
-        if host and len(block.params) > 1 and block.params[0].numel() <= small:
+    columns = [bucket.params, bucket.grads, *bucket.state.values()]
+    if not whole:
+        rows = [piece for row in zip(*columns, strict=True) for piece in pieces(row, most)]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+    blocks: list[Bucket] = []
+    for places, packs in batched([tensor.numel() for tensor in columns[0]], most, small, whole=whole):
+        params, grads, *kept = ([column[place] for place in places] for column in columns)
+        block = bucket.but(params=params, grads=grads, state=dict(zip(bucket.state, kept, strict=True)))
+        block.coordinates, block.whole = 0 if blocks else bucket.coordinates, whole and not packs
+        blocks.append(block)
+        if host and packs and len(params) > 1:
             views = {name: one_view(tensors) for name, tensors in block.state.items()}
-            block.flat, block.grads = True, [flatten(block.grads)]
+            block.flat, block.grads = True, [flatten(grads)]
             block.packed = {name: tensors for name, tensors in block.state.items() if views[name] is None}
             block.state = {
                 name: [flatten(tensors) if (view := views[name]) is None else view]
                 for name, tensors in block.state.items()
             }
     return blocks
+
+
+def batched(sizes: Sequence[int], most: int, small: int, *, whole: bool) -> list[tuple[list[int], bool]]:
+    """Return which tensors are worked on together, as places and whether they are small, in the order they come in.
+
+    Args:
+        sizes: of the tensors.
+        most: what sizes may add up to, unless there is a single one.
+        small: up to which size a tensor is small; those are apart from others.
+        whole: of others there may be any number.
+    """
+    batches = list[tuple[list[int], bool]]()
+    current, room = dict[bool, list[int]](), {True: 0.0, False: 0.0}
+    for place, size in enumerate(sizes):
+        packs = size <= small
+        if packs not in current or size > room[packs]:
+            current[packs], room[packs] = [], most if packs or not whole else inf
+            batches.append((current[packs], packs))
+        current[packs].append(place)
+        room[packs] -= size
+    return batches
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -178,15 +246,24 @@ def runs(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def one_view(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return tensors that lie side by side in one memory, in order, as one flat tensor; None for others."""
-    merged = runs(tensors) or [tensors[0]]
-    return merged[0].view(-1) if len(merged) == 1 and merged[0].is_contiguous() else None
+    first, width = tensors[0], tensors[0].element_size()
+    start = end = first.data_ptr()
+    for tensor in tensors:  # the usual case, at once
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
+            merged = runs(tensors) or [first]
+            return merged[0].view(-1) if len(merged) == 1 and merged[0].is_contiguous() else None
+        end += tensor.numel() * width
+    memory = first.untyped_storage()
+    inside = end <= memory.data_ptr() + memory.nbytes()
+    return first.as_strided(((end - start) // width,), (1,)) if inside else None
 
 
-def pieces(tensors: Sequence[Tensor], most: int) -> list[Sequence[Tensor]]:
-    """Return tensors of one shape, in flat parts of `most` entries if all are contiguous, else as they are."""
-    if tensors[0].numel() <= most or not all(tensor.is_contiguous() for tensor in tensors):
+def pieces(tensors: Sequence[Tensor], most: int) -> Iterable[Sequence[Tensor]]:
+    """Return tensors of one shape, flat and in parts of `most` entries if all are contiguous, else as they are."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
         return [tensors]
-    return list(zip(*(torch.split(tensor.view(-1), most) for tensor in tensors), strict=True))
+    flat = [tensor.view(-1) for tensor in tensors]
+    return [flat] if flat[0].numel() <= most else zip(*(torch.split(tensor, most) for tensor in flat), strict=True)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

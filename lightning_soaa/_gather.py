@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, side_by_side
 from lightning_soaa._checks import refuse
-from lightning_soaa._dist import local, over_shards, shards_of
+from lightning_soaa._dist import Shards, local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
 from lightning_soaa._sums import total, wide_dtype
 from lightning_soaa.fisher import AbstractFisher
@@ -112,33 +112,42 @@ def gather(
     The age of each parameter counts the gradient from here on (`state` is modified in place).
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
+    states: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for index, param in entries:
         grad = param.grad
         if grad is None:
             continue
-        group, kept = groups[index], state[param]
+        group, kept, dtype = groups[index], state[param], param.dtype
         kept[STEP] += 1
         plain = type(grad) is Tensor  # no DTensor then, nor is the parameter
         shards = () if plain else shards_of(param)
-        key = (index, param.device, param.dtype, kept[STEP], shards)
+        key = (index, param.device, dtype, kept[STEP], shards)
         bucket = buckets.get(key)
         if bucket is None:
-            beta1, beta2 = group["betas"]
-            foreach, fused = group["foreach"] is not False, has_fused(group, param.device)
-            bucket = Bucket(index, kept[STEP], float(beta1), float(beta2), float(group["eps"]), foreach, fused)
-            bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
+            bucket, states[key] = _empty(index, group, param.device, kept[STEP], shards), []
             buckets[key] = bucket
-        grad = _as_kept(grad if plain else local(grad), state_dtype(param.dtype))
-        real = as_real(param if plain else local(param))
-        if real.is_contiguous():
+        real, wanted = param, state_dtype(dtype)
+        if not plain or grad.dtype != wanted or grad.is_neg():
+            grad = _as_kept(grad if plain else local(grad), wanted)
+            real = as_real(param if plain else local(param))
+        if real.is_contiguous() and not grad.is_contiguous():
             grad = grad.contiguous()
         bucket.params.append(real)
-        bucket.coordinates += param.numel() * (2 if param.is_complex() else 1)
+        bucket.coordinates += param.numel() * (2 if dtype.is_complex else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
-        for name, value in kept.items():
-            if name != STEP:
-                bucket.state.setdefault(name, []).append(value if plain else local(value))
+        states[key].append(kept if plain else {name: local(value) for name, value in kept.items()})
+    for key, bucket in buckets.items():
+        names = [name for name in states[key][0] if name != STEP]
+        bucket.state = {name: [kept[name] for kept in states[key]] for name in names}
     return list(buckets.values())
+
+
+def _empty(index: int, group: Mapping[str, Any], device: torch.device, step: int, shards: Shards) -> Bucket:
+    """Return a bucket without tensors."""
+    (beta1, beta2), foreach, fused = group["betas"], group["foreach"] is not False, has_fused(group, device)
+    bucket = Bucket(index, step, float(beta1), float(beta2), float(group["eps"]), foreach, fused)
+    bucket.last_bound, bucket.shards = float(group[GROUP_RADIUS]), shards
+    return bucket
 
 
 def _as_kept(grad: Tensor, dtype: torch.dtype) -> Tensor:

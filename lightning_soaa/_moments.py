@@ -135,13 +135,18 @@ def box_direction_foreach(
     return list(directions)
 
 
-def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor], *, room: Tensor | None = None) -> None:
     """Set to zero the coordinates on which a direction does not descend (arXiv 2411.16085; modified in place).
 
     Those whose gradient is nan stay.
+
+    Args:
+        directions: modified in place.
+        grads: of the same shapes.
+        room: memory for the products, of the shape of each direction; newly allocated if None.
     """
     for direction, grad in zip(directions, grads, strict=True):
-        keep_above(direction, direction * grad, 0.0, grad_input=direction)
+        keep_above(direction, torch.mul(direction, grad, out=room), 0.0, grad_input=direction)
 
 
 def advance_fused(
@@ -155,6 +160,8 @@ def advance_fused(
     beta1: float,
     beta2: float,
     eps: float,
+    room: list[Tensor] | None = None,
+    age: Tensor | None = None,
 ) -> list[Tensor]:
     """:func:`update_moments` and then :func:`box_direction` without a scale, in one pass by torch's own AdamW kernel.
 
@@ -171,16 +178,22 @@ def advance_fused(
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the denominator.
+        room: memory for the direction (overwritten), flat like all tensors then; newly allocated if None.
+        age: `step` on the device of the tensors, float32, 0-d; made if None.
     """
-    directions, device = [torch.zeros_like(first) for first in m], m[0].device
-    u, g, first, second = ([tensor.view(-1) for tensor in tensors] for tensors in (directions, grads, m, v))
+    directions = [torch.zeros_like(first) for first in m] if room is None else [u.zero_() for u in room]
+    u = directions
+    if room is None:
+        u, grads, m, v = ([tensor.view(-1) for tensor in tensors] for tensors in (directions, grads, m, v))
+    if age is None:
+        age = torch.full((), float(step), dtype=torch.float32, device=m[0].device)
     torch._fused_adamw_(
         u,
-        g,
-        first,
-        second,
+        grads,
+        m,
+        v,
         [],
-        [torch.full((), float(step), dtype=torch.float32, device=device)] * len(m),
+        [age] * len(m),
         lr=-radius,
         beta1=beta1,
         beta2=beta2,
@@ -191,6 +204,32 @@ def advance_fused(
         found_inf=None if ok is None else (~ok).float(),
     )
     return directions
+
+
+def move(params: list[Tensor], directions: list[Tensor], *, lr: float, keep: Tensor | None, foreach: bool) -> None:
+    """Step 6: ``theta <- keep theta - lr u``.
+
+    Args:
+        params: modified in place.
+        directions: of the same shapes.
+        lr: what multiplies the direction.
+        keep: what is left by weight decay, 0-d, since multi-tensor operations round a number to the dtype of the
+            parameters; None for all.
+        foreach: use multi-tensor operations.
+    """
+    mixed = params[0].dtype != directions[0].dtype
+    if foreach and len(params) > 1 and not mixed:
+        if keep is not None:
+            torch._foreach_mul_(params, keep)
+        torch._foreach_add_(params, directions, alpha=-lr)
+        return
+    for param, direction in zip(params, directions, strict=True):
+        if keep is not None:
+            param.mul_(keep)
+        if mixed:  # one operation would round as much, but take an entry at a time
+            param.copy_(param.to(direction.dtype).add_(direction, alpha=-lr))
+        else:
+            param.add_(direction, alpha=-lr)
 
 
 def stride(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, ok: Tensor, numbers: Tensor, *, cautious: bool) -> Tensor:

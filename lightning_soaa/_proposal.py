@@ -1,7 +1,7 @@
 """What gradients propose before a step is taken. Tensors only, no decision."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 
 import torch
@@ -52,6 +52,7 @@ class Proposal:
             not `ok`; None if it was not asked for.
         left: share of the gradients that clipping left, 0-d; None for all.
         absorbed: the moments hold the gradients already.
+        compiled: the compiled step is asked for.
         sizes: one for each parameter group.
         square: squared norm of the step, weight decay apart, 0-d.
     """
@@ -67,6 +68,7 @@ class Proposal:
     fresh: Tensor | None = None
     left: Tensor | None = None
     absorbed: bool = False
+    compiled: bool = False
     sizes: Sequence[StepSize] = ()
     square: Tensor | None = None
 
@@ -117,9 +119,9 @@ def propose(
         left: share of the gradients that clipping left, 0-d; None for all.
         compiled: the compiled step is asked for, which forms nothing on the way; slopes and checks do without it.
     """
-    whole, blocks = compiled and not check and not slope, buckets
+    blocks = buckets
     if fisher.elementwise:
-        blocks = [block for bucket in buckets for block in divide(bucket, whole=whole)]
+        blocks = [block for b in buckets for block in divide(b, whole=compiled or on_host(b.device))]
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
@@ -129,6 +131,7 @@ def propose(
         fresh = fresh_slope(blocks, fisher, unit or SMALLEST_UNIT).to(square.device) / promised
         fresh = fresh if allows is None else torch.where(allows, fresh, nan)
     proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, fresh, left)
+    proposal.compiled = compiled and not check and not slope
     if not fisher_limits:
         proposal.unit = gradient_rms(blocks, squares, ok, fisher) if check or unit is None else unit
     if absorbs_first(fisher, fisher_limits=fisher_limits, check=check):
@@ -142,7 +145,8 @@ def absorb(proposal: Proposal, fisher: AbstractFisher) -> None:
     """Let the Fisher absorb the gradients (step 1), where the proposal is ok, unless it has."""
     if not proposal.absorbed:
         for block in proposal.blocks:
-            fisher.update(block, allowed(proposal.ok, block.device))
+            for part in block.parts():
+                fisher.update(part, allowed(proposal.ok, block.device))
             block.store()
     proposal.absorbed = True
 
@@ -176,14 +180,14 @@ def fresh_slope(blocks: Iterable[Bucket], fisher: AbstractFisher, unit: float) -
 
     The step is made anew from the moments, which have not moved since; as far as it was masked, that is not repeated.
     """
-    old = [replace(block, step=block.step - 1) for block in blocks if block.step > 1]
+    old = [part.but(step=part.step - 1) for block in blocks if block.step > 1 for part in block.parts()]
     if not old:
         return torch.tensor(nan)
     parts = []
-    for block in old:
-        directions = fisher.direction(block, None, None, block.last_bound, unit)
-        parts.append(dots(block.grads, directions))
-    return total(parts, [block.shards for block in old])
+    for part in old:
+        directions = fisher.direction(part, None, None, part.last_bound, unit)
+        parts.append(dots(part.grads, directions))
+    return total(parts, [part.shards for part in old])
 
 
 def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket
+from lightning_soaa._bucket import Bucket, Pace
+from lightning_soaa._moments import move as move_along
 from lightning_soaa._proposal import Proposal, StepSize
-from lightning_soaa._sums import allowed, dots, gated, near, square_sum, total, wide_dtype
+from lightning_soaa._sums import allowed, dots, gated, near, square_sum, stacked, total, wide_dtype
 from lightning_soaa.fisher import AbstractFisher
 
 # Takes a Fisher, a bucket and its directions, returns what they promise, 0-d.
@@ -61,64 +62,69 @@ def walk(
     Returns:
         The predicted reduction, 0-d, if `reduction` is given.
     """
-    proposal.sizes, squares, promised = sizes, [], []
+    proposal.sizes, squares, promised, shards = sizes, [], [], []
+    at_once = moves and not proposal.absorbed and reduction in (None, linear_reduction)
     for block in proposal.blocks:
-        size, device = sizes[block.group], block.device
-        ok, unit = allowed(proposal.ok, device), near(proposal.unit, device)
-        if keeps and block.whole and isinstance(unit, float) and strides(block, proposal):
-            share = size.decay if decay else 0.0
-            square = fisher.stride(block, ok, size.radius, unit, lr=size.lr, decay=share, cautious=cautious)
-            squares.append(square)
-            continue
-        worked = block if keeps or proposal.absorbed else block.tentative()
-        if proposal.absorbed:
-            scale = None if proposal.scale is None else proposal.scale.to(device)
-            directions = fisher.direction(block, scale, ok, size.radius, unit, cautious=cautious)
+        size = sizes[block.group]
+        compiled = proposal.compiled and keeps and block.whole
+        pace = Pace(size.lr, size.decay if decay else 0.0, cautious, keeps, reduction is not None, compiled)
+        if at_once and fisher.strides(block, proposal.unit, pace):
+            ok = allowed(proposal.ok, block.device)
+            square, promise = fisher.stride(block, ok, size.radius, proposal.unit, pace)
         else:
-            directions = fisher.advance(worked, ok, size.radius, unit, cautious=cautious)
-        squares.append(square_sum(directions, foreach=block.foreach) * size.lr**2)
-        if reduction is not None:
-            promised.append(reduction(fisher, worked, directions) * size.lr)
-        if moves:
-            move(block, block.spread(directions), size, ok, decay=decay)
+            square, promise = in_parts(block, proposal, size, fisher, pace, moves=moves, reduction=reduction)
         if keeps and not proposal.absorbed:
             block.store()
-        del directions, worked  # before the next are formed
+        squares.append(square)
+        promised += [] if promise is None else [promise]
+        shards.append(block.shards)
     proposal.absorbed = proposal.absorbed or keeps
-    shards = [block.shards for block in proposal.blocks]
     proposal.square = total(squares, shards)
     return None if reduction is None else total(promised, shards)
 
 
-def strides(block: Bucket, proposal: Proposal) -> bool:
-    """Return whether a block can take the compiled step: contiguous tensors whose moments are as they were."""
-    tensors = (*block.params, *block.grads, *(x for kept in block.state.values() for x in kept))
-    return not proposal.absorbed and all(tensor.is_contiguous() for tensor in tensors)
+def in_parts(
+    block: Bucket,
+    proposal: Proposal,
+    size: StepSize,
+    fisher: AbstractFisher,
+    pace: Pace,
+    *,
+    moves: bool,
+    reduction: Reduction | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Walk a block part by part, one thing after the other; return the squared norm and what is promised, if asked."""
+    ok, unit = allowed(proposal.ok, block.device), near(proposal.unit, block.device)
+    scale = None if proposal.scale is None else proposal.scale.to(block.device)
+    squares, promised = [], []
+    for part in block.parts() if fisher.elementwise else [block]:
+        worked = part if pace.keeps or proposal.absorbed else part.tentative()
+        if proposal.absorbed:
+            directions = fisher.direction(part, scale, ok, size.radius, unit, cautious=pace.cautious)
+        else:
+            directions = fisher.advance(worked, ok, size.radius, unit, cautious=pace.cautious)
+        squares.append(square_sum(directions, foreach=block.foreach) * pace.lr**2)
+        if reduction is not None:
+            promised.append(reduction(fisher, worked, directions) * pace.lr)
+        if moves:
+            move(part, part.spread(directions), pace, ok)
+        del directions, worked  # before the next are formed
+    return stacked(squares).sum(), stacked(promised).sum() if promised else None
 
 
-def move(bucket: Bucket, directions: list[Tensor], size: StepSize, ok: Tensor | None, *, decay: bool) -> None:
+def move(bucket: Bucket, directions: list[Tensor], pace: Pace, ok: Tensor | None) -> None:
     """Move the parameters of a bucket (step 6), which decay where `ok`, if at all.
 
     Args:
         bucket: its parameters are modified in place.
         directions: u of step 5, zero where not `ok`.
-        size: how far.
+        pace: how far.
         ok: 0-d bool; None for true.
-        decay: with weight decay.
     """
-    if decay and size.decay:
-        # A tensor, since multi-tensor operations round a number to the dtype of the parameters.
-        keep = torch.as_tensor(gated(ok, 1 - size.decay, 1.0), dtype=wide_dtype(bucket.device), device=bucket.device)
-        if bucket.foreach:
-            torch._foreach_mul_(bucket.params, keep)
-        else:
-            for param in bucket.params:
-                param.mul_(keep)
-    if bucket.foreach:
-        torch._foreach_add_(bucket.params, directions, alpha=-size.lr)
-    else:
-        for param, direction in zip(bucket.params, directions, strict=True):
-            param.add_(direction, alpha=-size.lr)
+    keep: Tensor | None = None
+    if pace.decay:
+        keep = torch.as_tensor(gated(ok, 1 - pace.decay, 1.0), dtype=wide_dtype(bucket.device), device=bucket.device)
+    move_along(bucket.params, directions, lr=pace.lr, keep=keep, foreach=bucket.foreach)
 
 
 def linear_reduction(_: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:

@@ -6,19 +6,20 @@ The functions are in :mod:`lightning_soaa._moments`, with the formulas.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_soaa._bucket import Bucket
+from lightning_soaa._bucket import Bucket, Pace, block_size, unflatten
 from lightning_soaa._moments import (
     advance_fused,
     box_direction,
     box_direction_foreach,
     compiled_stride,
     drop_disagreement,
+    move,
     stride_numbers,
     update_moments,
     update_moments_foreach,
@@ -100,13 +101,20 @@ class AbstractFisher(ABC):
         self.update(bucket, ok)
         return self.direction(bucket, None, ok, radius, unit, cautious=cautious)
 
+    def strides(self, bucket: Bucket, unit: Unit, pace: Pace) -> bool:
+        """Return whether :meth:`stride` takes such a step of the bucket."""
+        return False
+
     def stride(
-        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: float, *, lr: float, decay: float, cautious: bool
-    ) -> Tensor:
-        """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d.
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do :meth:`advance` and move the parameters, at one go (parameters and state are modified in place).
+
+        Returns:
+            The squared norm of the step, 0-d, and ``lr g . u``, 0-d, or None if it is not asked for.
 
         Raises:
-            NotImplementedError: it has no compiled step, see `compiles`.
+            NotImplementedError: it has no such form, see :meth:`strides`.
         """
         raise NotImplementedError
 
@@ -201,27 +209,56 @@ class DiagonalFisher(AbstractFisher):
             drop_disagreement(directions, bucket.grads)
         return directions
 
+    def strides(self, bucket: Bucket, unit: Unit, pace: Pace) -> bool:
+        """Return whether :meth:`stride` takes such a step; a subclass may do other things on the way."""
+        if type(self) is not DiagonalFisher or not isinstance(unit, float):
+            return False
+        if not (pace.compiled or (bucket.fused and on_host(bucket.device))):
+            return False
+        tensors = (*(() if bucket.flat else bucket.params), *bucket.grads, *bucket.state[MOMENT], *bucket.state[SQUARE])
+        return all(tensor.is_contiguous() for tensor in tensors)
+
     def stride(
-        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: float, *, lr: float, decay: float, cautious: bool
-    ) -> Tensor:
-        """Do :meth:`advance` and move the parameters, compiled; return the squared norm of the step, 0-d."""
-        numbers = stride_numbers(
-            radius=radius,
-            lr=lr,
-            decay=decay,
-            step=bucket.step,
-            beta1=bucket.beta1,
-            beta2=bucket.beta2,
-            eps=unit * bucket.eps,
-            device=bucket.device,
-        )
-        allows = torch.ones((), dtype=torch.bool, device=bucket.device) if ok is None else ok
-        rows = zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True)
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do :meth:`advance` and move the parameters, by the fused kernel in parts that fit a cache, or compiled."""
+        numbers = {"radius": radius, "beta1": bucket.beta1, "beta2": bucket.beta2}
+        numbers["eps"] = cast("float", unit) * bucket.eps
+        if pace.compiled:
+            return self._stride_compiled(bucket, ok, pace, numbers), None
+        wide, m = wide_dtype(bucket.device), bucket.state[MOMENT]
+        if ok is not None:  # the host knows: it is false
+            return torch.zeros((), dtype=wide), torch.zeros((), dtype=wide) if pace.promises else None
+        keep = torch.tensor(1 - pace.decay, dtype=wide) if pace.decay else None
+        longest = min(block_size(bucket.device), max(first.numel() for first in m))
+        room = torch.empty((2 if pace.keeps else 4, longest), dtype=m[0].dtype).unbind()
+        age, norms, slopes = torch.tensor(float(bucket.step), dtype=torch.float32), [], []
+        for params, grad, first, second in bucket.rows((MOMENT, SQUARE)):
+            u, product, *copies = room if grad.numel() == longest else [tensor[: grad.numel()] for tensor in room]
+            if not pace.keeps:
+                first, second = copies[0].copy_(first), copies[1].copy_(second)
+            advance_fused([grad], [first], [second], None, step=bucket.step, **numbers, room=[u], age=age)
+            if pace.cautious:
+                drop_disagreement([u], [grad], room=product)
+            norms.append(torch.linalg.vector_norm(u))
+            if pace.promises:
+                slopes.append(torch.mul(u, grad, out=product).sum())
+            move(params, unflatten(u, params) if bucket.flat else [u], lr=pace.lr, keep=keep, foreach=True)
+        scale = stacked(norms).to(wide) * pace.lr
+        return (scale * scale).sum(), stacked(slopes).to(wide).sum() * pace.lr if pace.promises else None
+
+    @staticmethod
+    def _stride_compiled(bucket: Bucket, ok: Tensor | None, pace: Pace, numbers: dict[str, float]) -> Tensor:
+        """Return the squared norm of the step of :meth:`stride`, compiled."""
+        device = bucket.device
+        packed = stride_numbers(lr=pace.lr, decay=pace.decay, step=bucket.step, device=device, **numbers)
+        allows = torch.ones((), dtype=torch.bool, device=device) if ok is None else ok
         form, parts = compiled_stride(), []
-        for row in rows:  # a view of something would be compiled anew for each shape of that
-            parts.append(form(*(x.view(-1).data for x in row), allows, numbers, cautious=cautious))
+        for row in zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True):
+            # a view of something would be compiled anew for each shape of that
+            parts.append(form(*(x.view(-1).data for x in row), allows, packed, cautious=pace.cautious))
             increment_version(row[0])
-        return stacked(parts).to(wide_dtype(bucket.device)).sum()
+        return stacked(parts).to(wide_dtype(device)).sum()
 
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket (step 10 without its lr), 0-d."""

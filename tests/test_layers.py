@@ -29,7 +29,7 @@ LAYERS = {
     "_checkpoint": ({"_checks", "_state", "fisher", "gate", "radius"}, TORCH),
     "_gather": ({"_bucket", "_checks", "_dist", "_state", "_sums", "fisher"}, TORCH),
     "_proposal": ({"_bucket", "_sums", "fisher", "gate"}, TORCH),
-    "_walk": ({"_bucket", "_proposal", "_sums", "fisher"}, TORCH),
+    "_walk": ({"_bucket", "_moments", "_proposal", "_sums", "fisher"}, TORCH),
     "_describe": ({"_bucket", "_dist", "_proposal", "_sums", "fisher"}, TORCH),
     "_unread": ({"_proposal", "_state", "_sums", "gate"}, TORCH),
     "_trust_region": ({"_checks", "_proposal", "_state", "_sums", "_walk", "radius"}, TORCH),
