@@ -1,11 +1,13 @@
 """State dicts: what is refused before anything changes, and what loading has to put right."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from lightning_soaa._checks import check_count, check_nonnegative, refuse
 from lightning_soaa._state import (
@@ -24,6 +26,31 @@ from lightning_soaa._state import (
 from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.gate import SIZE
 from lightning_soaa.radius import AbstractRadius
+
+
+@contextmanager
+def loading(
+    optimizer: Optimizer, state_dict: dict[str, Any], rule: AbstractRadius, fisher: AbstractFisher
+) -> Iterator[None]:
+    """Check what `optimizer` loads inside before it changes, and give it back the precision that torch takes from it.
+
+    Raises:
+        TypeError: `state_dict` or a part of it has the wrong type.
+        ValueError: it does not fit, see :func:`check_loadable`.
+    """
+    check_dict("state_dict", state_dict)
+    incoming: dict[str, Any] = {}
+
+    def take(_: Optimizer, final: dict[str, Any]) -> None:
+        check_loadable(final, optimizer.param_groups, optimizer.defaults, rule, fisher)
+        incoming.update(final)
+
+    handle = optimizer.register_load_state_dict_pre_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
+    restore_precision(incoming, optimizer.param_groups, optimizer.state)
 
 
 def check_loadable(

@@ -49,6 +49,15 @@ def only_zeros(entries: Iterable[Entry]) -> bool:
     )
 
 
+def no_gradients(groups: Sequence[Mapping[str, Any]], *, look: bool) -> bool:
+    """Return whether there is nothing to go by: no gradient, or, if asked to `look`, only zeros.
+
+    torch.distributed.checkpoint steps so to have the state created.
+    """
+    entries = find_gradients(groups)
+    return not entries or (look and only_zeros(entries))
+
+
 def gradient_sizes(entries: Iterable[Entry], scale: Tensor | float = 1.0) -> dict[Tensor, Tensor]:
     """Return by parameter the sum of absolute values of what this rank holds of its gradient, over `scale`, 0-d."""
     sizes = {}

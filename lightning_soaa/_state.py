@@ -123,6 +123,27 @@ def fresh_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in own and not key.startswith(RULE)}
 
 
+def new_group(
+    param_group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a parameter group to be added to `groups`, complete; what it does not name is `defaults`.
+
+    Raises:
+        TypeError: `param_group` is no dict, or an option has the wrong type.
+        ValueError: an option is out of range, or `maximize` differs from the other groups'.
+    """
+    if not isinstance(param_group, dict):
+        refuse("SOAA", "param_group", "a dict with `params`", type(param_group).__name__, TypeError)
+    if "params" not in param_group:
+        refuse("SOAA", "param_group", "a dict with `params`", sorted(param_group))
+    merged = {**defaults, **fresh_options(param_group)}
+    check_options(merged)
+    if groups and merged["maximize"] != groups[0]["maximize"]:
+        refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
+    lr = host_lr(merged["lr"])
+    return {**merged, "lr": lr, BASE_LR: float(lr), GROUP_RADIUS: 0.0}
+
+
 @cache
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of moments for parameters of `dtype`: float32 at least."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_soaa import _state as keys
+from lightning_soaa._checks import refuse
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
 from lightning_soaa._proposal import Proposal, absorb, absorbs_first, propose
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
-from lightning_soaa._unread import Unread
+from lightning_soaa._unread import Unread, settle
 from lightning_soaa._walk import step_sizes, walk
 from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
@@ -22,9 +23,27 @@ LossClosure = Callable[[], Any]
 Outcome = tuple[Proposal, Numbers, dict[str, Any]]  # the step, the rule's new numbers, what is known for the report
 
 
+def check_rules(radius: AbstractRadius, fisher: AbstractFisher, *, compile: bool) -> None:
+    """Check the rules that a step goes by, and whether they can be compiled.
+
+    Raises:
+        TypeError: one of them has the wrong type.
+        ValueError: `compile` is asked for where there is no compiled step.
+    """
+    if not isinstance(radius, AbstractRadius):
+        refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
+    if not isinstance(fisher, AbstractFisher):
+        refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
+    if not isinstance(compile, bool):
+        refuse("SOAA", "compile", "a bool", compile, TypeError)
+    for rule, able in ((radius, not radius.fisher_limits), (fisher, fisher.compiles)):
+        if compile and not able:
+            refuse("SOAA", "compile", f"False with {type(rule).__name__}", compile)
+
+
 @dataclass(frozen=True)
 class Stepper:
-    """Takes one step; parameters and state are modified in place, groups are only read.
+    """Takes one step; parameters, state and the numbers in groups are modified in place.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -45,6 +64,55 @@ class Stepper:
     unread: Unread
     unclipped: dict[Tensor, Tensor] | None = None
     compiled: bool = False
+
+    def take(
+        self,
+        entries: list[Entry],
+        base: Tensor | None,
+        loss_closure: LossClosure | None,
+        unread: Callable[[], Unread],
+        *,
+        check: bool,
+    ) -> tuple[Proposal, dict[str, Any], Unread]:
+        """Take a step on the given gradients, and count it.
+
+        Args:
+            entries: parameters that have a gradient.
+            base: the loss the gradients belong to, if known.
+            loss_closure: the loss at the current parameters.
+            unread: what the host has not heard of by then; a loss closure that saves the optimizer has it counted.
+            check: whether the step is a check.
+
+        Returns:
+            The step, what is known of it, and what the host has not heard of after it.
+
+        Raises:
+            ValueError: the rule needs a loss and there is none.
+        """
+        head, rule, trials, numbers = self.groups[0], self.rule, 0, keys.numbers_of(self.groups[0])
+        if base is None and (check or rule.needs_loss):
+            if loss_closure is None:
+                raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
+            base, trials = scalar_loss("loss_closure", loss_closure()), 1
+        if check and base is not None and loss_closure is not None:
+            proposal, numbers, known = self.checked(entries, base, loss_closure, numbers)
+            heard, now = known.pop("heard"), unread()
+            if now is not self.unread:  # by saving or reading a report
+                heard[:2] = (0, 0)
+            settle(head, heard)
+            after = Unread(gate=now.gate if proposal.gate is None else proposal.gate)
+        else:
+            proposal, numbers, known = self.plain(entries, base, numbers)
+            after = unread() if "skipped" in known else self.unread.after(proposal)
+        known["trials"] += trials
+        proposal.release()
+        head[keys.LR_UNIT] = keys.lr_unit(self.groups)
+        if not known.get("skipped", False):
+            unit = proposal.unit if isinstance(proposal.unit, float) else None
+            keys.remember(self.groups, [size.bound for size in proposal.sizes], known, rule, unit=unit)
+        keys.store_numbers(head, numbers)
+        keys.count(head, known)
+        return proposal, known, after
 
     def _propose(self, entries: list[Entry], base: Tensor | None, *, check: bool) -> Proposal:
         """Return what can be proposed; the moments may have absorbed the gradients, if nothing is wrong with them."""

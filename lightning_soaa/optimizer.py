@@ -8,17 +8,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_soaa import _state as keys
-from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
+from lightning_soaa._checkpoint import loading
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
-from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, only_zeros
+from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, no_gradients
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal
-from lightning_soaa._step import LossClosure, Stepper
+from lightning_soaa._step import LossClosure, Stepper, check_rules
 from lightning_soaa._sums import read
 from lightning_soaa._unread import Unread, settle
 from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
-from lightning_soaa.gate import Gate
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
@@ -99,15 +98,7 @@ class SOAA(Optimizer):
         maximize: bool = False,
         compile: bool = False,
     ) -> None:
-        if not isinstance(radius, AbstractRadius):
-            refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
-        if not isinstance(fisher, AbstractFisher):
-            refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
-        if not isinstance(compile, bool):
-            refuse("SOAA", "compile", "a bool", compile, TypeError)
-        for rule, able in ((radius, not radius.fisher_limits), (fisher, fisher.compiles)):
-            if compile and not able:
-                refuse("SOAA", "compile", f"False with {type(rule).__name__}", compile)
+        check_rules(radius, fisher, compile=compile)
         defaults: dict[str, Any] = {
             "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
@@ -228,7 +219,8 @@ class SOAA(Optimizer):
         base: Tensor | None = None
         if loss_closure is None and bound is not None:
             loss_closure, base = bound
-        blind = closure is None and loss_closure is None and self._blind()
+        look = self.radius_rule.needs_trial or self.radius_rule.needs_loss or not self.state
+        blind = closure is None and loss_closure is None and no_gradients(self.param_groups, look=look)
         if self.radius_rule.needs_trial and loss_closure is None and not blind:
             raise ValueError(
                 f"SOAA: `loss_closure` must be given under {type(self.radius_rule).__name__}, got None; pass "
@@ -246,50 +238,19 @@ class SOAA(Optimizer):
             self._take(entries, base, loss_closure)
         return returned
 
-    def _blind(self) -> bool:
-        """Return whether there is nothing to go by: no gradient, or only zeros where there is no state or no loss.
-
-        torch.distributed.checkpoint steps so to have the state created.
-        """
-        entries = find_gradients(self.param_groups)
-        look = self.radius_rule.needs_trial or self.radius_rule.needs_loss or not self.state
-        return not entries or (look and only_zeros(entries))
-
     def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
-        rule, head, trials, check = self.radius_rule, self.param_groups[0], 0, self.check_due
-        numbers = keys.numbers_of(head)
-        if base is None and (check or rule.needs_loss):
-            if loss_closure is None:
-                raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
-            base, trials = scalar_loss("loss_closure", loss_closure()), 1
-        before, unclipped, self._unclipped = self._unread, self._unclipped, None
-        how = (self.defaults, rule, self.fisher_rule, before, unclipped, self._compiled)
-        stepper = Stepper(self.param_groups, self.state, *how)
-        if check and base is not None and loss_closure is not None:
-            proposal, numbers, known = stepper.checked(entries, base, loss_closure, numbers)
-            heard = known.pop("heard")
-            if self._unread is not before:  # the loss closure had them counted, by saving or reading a report
-                heard[:2] = (0, 0)
-            self._settle(heard, gate=proposal.gate)
-        else:
-            proposal, numbers, known = stepper.plain(entries, base, numbers)
-            if "skipped" not in known:
-                self._unread = before.after(proposal)
-        known["trials"] += trials
-        proposal.release()
-        head[keys.LR_UNIT] = keys.lr_unit(self.param_groups)
-        if not known.get("skipped", False):
-            unit = proposal.unit if isinstance(proposal.unit, float) else None
-            keys.remember(self.param_groups, [size.bound for size in proposal.sizes], known, rule, unit=unit)
-        keys.store_numbers(head, numbers)
-        keys.count(head, known)
+        unclipped, self._unclipped = self._unclipped, None
+        rules = (self.defaults, self.radius_rule, self.fisher_rule)
+        stepper = Stepper(self.param_groups, self.state, *rules, self._unread, unclipped, self._compiled)
+        check = self.check_due
+        proposal, known, self._unread = stepper.take(entries, base, loss_closure, lambda: self._unread, check=check)
         self._pending, self._report = (proposal, known), None
 
-    def _settle(self, heard: Sequence[float] | None = None, *, gate: Gate | None = None) -> None:
+    def _settle(self, heard: Sequence[float] | None = None) -> None:
         """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
         settle(self.param_groups[0], self._unread.read() if heard is None else heard)
-        self._unread = Unread(gate=self._unread.gate if gate is None else gate)
+        self._unread = Unread(gate=self._unread.gate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also in mid-training; options it does not name are those of the defaults.
@@ -300,16 +261,7 @@ class SOAA(Optimizer):
             TypeError: `param_group` is no dict, or an option has the wrong type.
             ValueError: an option is out of range, or `maximize` differs from the other groups'.
         """
-        if not isinstance(param_group, dict):
-            refuse("SOAA", "param_group", "a dict with `params`", type(param_group).__name__, TypeError)
-        if "params" not in param_group:
-            refuse("SOAA", "param_group", "a dict with `params`", sorted(param_group))
-        merged = {**self.defaults, **keys.fresh_options(param_group)}
-        keys.check_options(merged)
-        if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
-            refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
-        lr = keys.host_lr(merged["lr"])
-        super().add_param_group({**merged, "lr": lr, keys.BASE_LR: float(lr), keys.GROUP_RADIUS: 0.0})
+        super().add_param_group(keys.new_group(param_group, self.param_groups, self.defaults))
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
@@ -325,19 +277,8 @@ class SOAA(Optimizer):
             ValueError: it is not SOAA's, belongs to another radius rule, or groups, parameters and moments do not
                 match; the optimizer is as before.
         """
-        check_dict("state_dict", state_dict)
-        incoming: dict[str, Any] = {}
-
-        def take(_: Optimizer, final: dict[str, Any]) -> None:
-            check_loadable(final, self.param_groups, self.defaults, self.radius_rule, self.fisher_rule)
-            incoming.update(final)
-
-        handle = self.register_load_state_dict_pre_hook(take)
-        try:
+        with loading(self, state_dict, self.radius_rule, self.fisher_rule):
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        restore_precision(incoming, self.param_groups, self.state)
         params = [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
         lay_out([self.state[param] for param in params], self.fisher_rule)
         self._forget()

@@ -34,7 +34,10 @@ LAYERS = {
     "_unread": ({"_proposal", "_state", "_sums", "gate"}, TORCH),
     "_trust_region": ({"_checks", "_proposal", "_state", "_sums", "_walk", "radius"}, TORCH),
     "_step": (
-        {"_gather", "_loss", "_proposal", "_state", "_trust_region", "_unread", "_walk", "fisher", "radius"},
+        {
+            *("_checks", "_gather", "_loss", "_proposal", "_state", "_trust_region", "_unread", "_walk"),
+            *("fisher", "radius"),
+        },
         TORCH,
     ),
     "optimizer": (
