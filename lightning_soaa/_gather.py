@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, side_by_side
+from lightning_soaa._bucket import Bucket
 from lightning_soaa._checks import refuse
 from lightning_soaa._dist import local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
@@ -91,11 +91,9 @@ def ensure_state(entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], 
 
 
 def lay_out(states: Sequence[dict[str, Any]], fisher: AbstractFisher) -> None:
-    """Move small tensors side by side where they are worked on as one (`states`, of the same keys, modified)."""
-    for name in states[0] if states and fisher.elementwise else ():
-        if isinstance(states[0][name], Tensor):
-            for each, tensor in zip(states, side_by_side([each[name] for each in states]), strict=True):
-                each[name] = tensor
+    """Move tensors side by side where they are worked on as one (`states`, in order, modified)."""
+    if states:
+        fisher.lay_out(states)
 
 
 def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa import _state as keys
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, absorbs_first, propose
+from lightning_soaa._proposal import Proposal, absorb, propose, turn
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread
@@ -88,6 +88,8 @@ class Stepper:
             raise
         if known.get("skipped", False):
             self._uncount(entries)
+        else:
+            turn(proposal, self.fisher)
         return proposal, numbers, known
 
     def _uncount(self, entries: list[Entry]) -> None:
@@ -97,8 +99,7 @@ class Stepper:
 
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception before it is decided undoes all of it."""
-        moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits, check=True)
-        snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
+        snapshot = Snapshot([param for _, param in entries], self.state, moments=self.rule.fisher_limits)
         head = self.groups[0]
         try:
             proposal = self._propose(entries, base, check=True)
@@ -127,4 +128,5 @@ class Stepper:
             snapshot.restore()
         else:
             absorb(proposal, self.fisher)
+            turn(proposal, self.fisher)
         return proposal, numbers, known

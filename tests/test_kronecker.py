@@ -10,8 +10,8 @@ from problems import Problem, assert_same, drive
 from torch import nn
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
+from lightning_soaa._bases import first_bases, refreshed, rotate, rotate_back, rotated_sides
 from lightning_soaa._state import numbers_of
-from lightning_soaa.kronecker import first_basis, refreshed, rotate, rotate_back, rotated_sides
 
 RULES = {"fixed": FixedRadius(0.5), "published": PublishedRadius(50), "ratio": RatioRadius()}
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -36,6 +36,7 @@ class FullMatrices:
     """One parameter under FixedRadius, the Kronecker product of its bases formed in full. Slow, never optimised."""
 
     def __init__(self, x, *, lr, betas, eps, radius, decay, refresh_every):
+        self.turns = (3, 2) if x.shape[0] >= x.shape[1] else (2, 3)  # the longer side has the last step's turn
         self.x, self.lr, self.betas, self.eps, self.radius = x.copy(), lr, betas, eps, radius
         self.decay, self.refresh_every, self.t = decay, refresh_every, 0
         self.m, self.v = np.zeros(x.size), np.zeros(x.size)
@@ -47,11 +48,6 @@ class FullMatrices:
         if self.t == 1:
             self.factors = products
             self.bases = [np.linalg.eigh(self.unit(f))[1][:, ::-1] for f in products]
-        else:
-            keep = self.decay
-            self.factors = [keep * f + (1 - keep) * p for f, p in zip(self.factors, products, strict=True)]
-            if self.t % self.refresh_every == 0:
-                self.refresh()
         both = np.kron(*self.bases)  # of row-major entries: P' G Q is kron(P, Q)' vec(G)
         self.m = b1 * self.m + (1 - b1) * g.ravel()
         self.v = b2 * self.v + (1 - b2) * (both.T @ g.ravel()) ** 2
@@ -60,13 +56,17 @@ class FullMatrices:
         u = self.radius * (both.T @ mh) / (np.maximum(self.radius * fisher, np.sqrt(vh)) + self.eps)
         if self.t > 1:
             self.x = self.x - self.lr * (both @ np.clip(u, -self.radius, self.radius)).reshape(self.x.shape)
+            keep = self.decay
+            self.factors = [keep * f + (1 - keep) * p for f, p in zip(self.factors, products, strict=True)]
+            for side in (0, 1):
+                if self.t % self.refresh_every == self.turns[side]:
+                    self.refresh(side)
 
-    def refresh(self):
-        for side in (0, 1):
-            turned = self.unit(self.factors[side]) @ self.bases[side]
-            order = np.argsort(-np.sum(self.bases[side] * turned, axis=0), kind="stable")
-            self.bases[side] = np.linalg.qr(turned[:, order])[0]
-            self.v = np.take(self.v.reshape(self.x.shape), order, axis=side).ravel()
+    def refresh(self, side):
+        turned = self.unit(self.factors[side]) @ self.bases[side]
+        order = np.argsort(-np.sum(self.bases[side] * turned, axis=0), kind="stable")
+        self.bases[side] = np.linalg.qr(turned[:, order])[0]
+        self.v = np.take(self.v.reshape(self.x.shape), order, axis=side).ravel()
 
     @staticmethod
     def unit(factor):
@@ -152,7 +152,7 @@ def test_a_quadratic_with_a_kronecker_hessian_takes_fewer_steps_than_under_the_d
         ((9, 9), (0, 0)),
         ((1, 4), (0, 4)),
         ((4, 1), (4, 0)),
-        ((0, 4), (0, 4)),
+        ((0, 4), (0, 0)),
         ((8, 8), (8, 8)),
     ],
 )
@@ -160,12 +160,16 @@ def test_sides_of_matrices_are_rotated_up_to_the_longest(shape, expected):
     assert rotated_sides(shape, 8) == expected
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2), (4, 3, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 2, 2), (4, 3, 1)])
 def test_rotating_back_undoes_a_rotation(shape):
-    x, left, right = noise(*shape), orthogonal(shape[0], 1), orthogonal(math.prod(shape[1:]), 2)
+    x = noise(*shape)
+    left, right = (
+        torch.stack([orthogonal(size, seed + side) for seed in range(0, 2 * len(x), 2)])
+        for side, size in enumerate(shape[1:])
+    )
     torch.testing.assert_close(rotate_back(rotate(x, left, right), left, right), x, atol=1e-13, rtol=1e-12)
-    assert rotate(x, left, right).shape == x.shape
-    assert torch.equal(rotate(x, left[:0, :0], right[:0, :0]), x)
+    torch.testing.assert_close(rotate(x, left, right)[1], left[1].T @ x[1] @ right[1], atol=1e-13, rtol=1e-12)
+    assert torch.equal(rotate(x, left[:, :0, :0], right[:, :0, :0]), x)
 
 
 def test_the_first_gradient_makes_the_bases_and_moves_no_rotated_parameter():
@@ -195,26 +199,30 @@ def test_a_first_gradient_that_is_not_finite_leaves_bases_that_later_ones_turn()
 def test_columns_are_sorted_and_take_their_second_moments_along():
     basis = orthogonal(4, 7)
     factor = basis @ torch.diag(torch.tensor([1.0, 8.0, 2.0, 4.0], dtype=torch.float64)) @ basis.T
-    new, order = refreshed(factor, basis)
-    assert order.tolist() == [1, 3, 2, 0]
-    torch.testing.assert_close(new.abs(), basis[:, order].abs(), atol=1e-12, rtol=0)
+    new, order, turned = refreshed(factor[None], basis[None])
+    assert order.tolist() == [[1, 3, 2, 0]]
+    assert turned.tolist() == [[[True]]]
+    torch.testing.assert_close(new[0].abs(), basis[:, order[0]].abs(), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_basis_that_comes_out_not_finite_is_the_one_before(bad):
-    basis = orthogonal(4, 7)
-    new, order = refreshed(torch.full((4, 4), bad, dtype=torch.float64), basis)
-    assert torch.equal(new, basis)
-    assert order.tolist() == [0, 1, 2, 3]
+    basis = torch.stack([orthogonal(4, 7), orthogonal(4, 8)])
+    factor = torch.stack([torch.full((4, 4), bad), torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))]).double()
+    new, order, turned = refreshed(factor, basis)
+    assert turned.flatten().tolist() == [False, True]
+    assert torch.equal(new[0], basis[0])
+    assert order[0].tolist() == [0, 1, 2, 3]
+    assert new[1].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
 def test_bases_do_not_depend_on_the_unit_of_the_gradient(scale):
-    g = noise(5, 3).float()
-    factor = (g * scale) @ (g * scale).T
-    assert first_basis(factor).isfinite().all()
-    new, _ = refreshed(factor, orthogonal(5, 1).float())
-    torch.testing.assert_close(new.T @ new, torch.eye(5), atol=1e-6, rtol=0)
+    g, unit = noise(5, 3).float(), torch.eye(5)[None]
+    factor = ((g * scale) @ (g * scale).T)[None]
+    for new in (first_bases(factor, unit), refreshed(factor, orthogonal(5, 1).float()[None])[0]):
+        assert not torch.equal(new, unit)
+        torch.testing.assert_close(new.mT @ new, unit, atol=2e-6, rtol=0)
 
 
 def test_bases_are_orthonormal_after_ten_thousand_steps_in_float32():
@@ -273,7 +281,7 @@ def test_state_of_another_fisher_is_refused_and_changes_nothing():
     diagonal = SOAA([x], radius=FixedRadius())
     losses_of(diagonal, lambda: x.square().sum(), 2)
     kronecker = SOAA([x], radius=FixedRadius(), fisher=KroneckerFisher())
-    with pytest.raises(ValueError, match=r"SOAA: `state_dict\['state'\]\[0\]` must be one with `left`, "):
+    with pytest.raises(ValueError, match=r"SOAA: `state_dict\['state'\]\[0\]` must be one with `basis_age`, `left`, "):
         kronecker.load_state_dict(diagonal.state_dict())
     assert not kronecker.state
 
