@@ -79,7 +79,7 @@ def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     turned = torch.bmm(unit_factor(factor), basis)
     order = (basis * turned).sum(1).argsort(dim=1, descending=True, stable=True)
     try:
-        new = torch.linalg.qr(turned.take_along_dim(order[:, None, :], 2))[0]
+        new = torch.linalg.qr(turned.gather(2, order[:, None, :].expand_as(turned)))[0]
     except LinAlgError:
         new = torch.full_like(basis, torch.nan)
     good = finite(new)
@@ -88,8 +88,8 @@ def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def finite(matrices: Tensor) -> Tensor:
-    """Return whether all entries of each matrix are finite, shape (n, 1, 1)."""
-    return matrices.isfinite().flatten(1).all(1)[:, None, None]
+    """Return whether all entries of each matrix, none of them large, are finite, shape (n, 1, 1)."""
+    return matrices.sum((1, 2), keepdim=True).isfinite()
 
 
 def turn_moments(
@@ -108,7 +108,7 @@ def turn_moments(
         side: 0 for rows, 1 for columns.
     """
     new = torch.bmm(change, moment) if side == 0 else torch.bmm(moment, change.mT)
-    taken = square.take_along_dim(order[:, :, None] if side == 0 else order[:, None, :], side + 1)
+    taken = square.gather(side + 1, (order[:, :, None] if side == 0 else order[:, None, :]).expand_as(square))
     return torch.where(turns, new, moment), torch.where(turns, taken, square)
 
 

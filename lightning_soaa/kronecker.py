@@ -56,6 +56,8 @@ def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callab
 
     @wraps(method)
     def precise(self: Any, bucket: Bucket, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_autocast_enabled(bucket.device.type):
+            return method(self, bucket, *args, **kwargs)
         with torch.autocast(bucket.device.type, enabled=False):
             return method(self, bucket, *args, **kwargs)
 
@@ -162,7 +164,10 @@ class KroneckerFisher(AbstractFisher):
         phases = iter(offsets(sides, self.refresh_every))
         for block in blocks:
             block.phases = (next(phases), next(phases))
-        others = divide(_rows(bucket, rest)) if rest else []
+        others = list[Bucket]()
+        if rest:
+            params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
+            others = divide(replace(bucket, params=params, grads=grads, state=state))
         for block in (*blocks, *others):
             block.coordinates = 0
         for first in (*blocks, *others)[:1]:
@@ -285,23 +290,22 @@ class KroneckerFisher(AbstractFisher):
         return DIAGONAL.statistics(bucket, scale, radius)
 
 
-def _rows(bucket: Bucket, rows: Sequence[int]) -> Bucket:
-    """Return some of the parameters of a bucket, with their moments alone."""
-    state = {key: [bucket.state[key][row] for row in rows] for key in (MOMENT, SQUARE)}
-    params, grads = ([kept[row] for row in rows] for kept in (bucket.params, bucket.grads))
-    return replace(bucket, params=params, grads=grads, state=state)
+def _rows(bucket: Bucket, rows: Sequence[int], keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor], Any]:
+    """Return parameters, gradients and some of the state of some of the parameters of a bucket."""
+    lists = [bucket.params, bucket.grads, *(bucket.state[key] for key in keys)]
+    if len(rows) < len(bucket.params):
+        lists = [[kept[row] for row in rows] for kept in lists]
+    return lists[0], lists[1], dict(zip(keys, lists[2:], strict=True))
 
 
 def _stack(bucket: Bucket, rows: Sequence[int]) -> Bucket:
     """Return parameters of one shape as one flat tensor, with their frame in stacks: views, or copies to be stored."""
-    part, kept = _rows(bucket, rows), dict[str, Tensor]()
-    packed: dict[str, list[Tensor]] = {}
-    for key in (MOMENT, SQUARE, *FRAME):
-        tensors = [bucket.state[key][row] for row in rows]
-        view = stacked_view(tensors)
-        kept[key] = torch.stack(tensors) if view is None else view
-        if view is None:
-            packed[key] = tensors
-    part.grads = [part.grads[0].reshape(-1) if len(rows) == 1 else flatten(part.grads)]
-    part.state = {key: [kept.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
-    return replace(part, frame=kept, packed=packed, flat=True, rotated=[])
+    params, grads, kept = _rows(bucket, rows, (MOMENT, SQUARE, *FRAME))
+    views = {key: stacked_view(tensors) for key, tensors in kept.items()}
+    packed = {key: kept[key] for key, view in views.items() if view is None}
+    frame = {key: torch.stack(kept[key]) if view is None else view for key, view in views.items()}
+    flat = grads[0].reshape(-1) if len(grads) == 1 else flatten(grads)
+    state = {key: [frame.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
+    part = replace(bucket, params=params, grads=[flat], state=state, frame=frame, packed=packed)
+    part.flat, part.rotated = True, []
+    return part
