@@ -51,13 +51,20 @@ class AbstractFisher(ABC):
 
     # Whether it may be asked of parts of tensors, and of several in one.
     elementwise: ClassVar[bool] = False
-    # Whether it has coordinates of its own, see `turn`.
-    rotates: ClassVar[bool] = False
 
     @property
     def compiles(self) -> bool:
         """Return whether it has a compiled step, :meth:`stride`."""
         return False
+
+    @property
+    def rotates(self) -> bool:
+        """Return whether it has coordinates of its own, see :meth:`turn`."""
+        return False
+
+    def of(self, group: int) -> "AbstractFisher":
+        """Return the Fisher of a parameter group: itself, unless groups have their own."""
+        return self
 
     @abstractmethod
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -83,6 +90,10 @@ class AbstractFisher(ABC):
 
         Moments and frame are modified in place.
         """
+
+    def rotation(self, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """Return how many coordinates of the bucket are rotated, and steps since each of their bases was refreshed."""
+        return 0, []
 
     @abstractmethod
     def square(self, bucket: Bucket) -> Tensor:

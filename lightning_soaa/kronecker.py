@@ -18,7 +18,7 @@ Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._ba
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -96,8 +96,6 @@ class KroneckerFisher(AbstractFisher):
     see :meth:`state_bytes`. Does not support sharded parameters.
     """
 
-    rotates: ClassVar[bool] = True
-
     max_dim: int = 256
     refresh_every: int = 10
     decay: float = 0.95
@@ -106,6 +104,11 @@ class KroneckerFisher(AbstractFisher):
         for name in ("max_dim", "refresh_every"):
             check_count("KroneckerFisher", name, getattr(self, name))
         check_between("KroneckerFisher", "decay", self.decay, 0, 1, "in (0, 1)")
+
+    @property
+    def rotates(self) -> bool:
+        """Return that it has coordinates of its own."""
+        return True
 
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`.
@@ -200,9 +203,9 @@ class KroneckerFisher(AbstractFisher):
         frame, grads = bucket.frame, stacked(bucket.grads[0], bucket)
         grads = grads if ok is None else torch.where(ok, grads, 0.0)
         first = bucket.step == 1
-        frame[AGE].add_(gated(ok, 1.0, 0.0))
         for side, (factor, _) in enumerate(SIDES):
             if frame[factor].numel():
+                frame[AGE][:, side].add_(gated(ok, 1.0, 0.0))
                 rows = grads if side == 0 else grads.mT
                 keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
                 if ok is not None:
@@ -243,6 +246,12 @@ class KroneckerFisher(AbstractFisher):
         for kept, value in ((moment, turned[0]), (square, turned[1]), (old, torch.where(turns, new, old))):
             kept.copy_(value)
         age.copy_(torch.where(turns.flatten(), 0.0, age))
+
+    def rotation(self, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """Return how many coordinates of the bucket are rotated, and steps since each of their bases was refreshed."""
+        ages = [age for age in bucket.state[AGE] if age.numel()]
+        rows = zip(bucket.params, bucket.state[AGE], strict=True)
+        return sum(param.numel() for param, age in rows if age.numel()), ages
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""

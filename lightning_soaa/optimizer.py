@@ -11,6 +11,7 @@ from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import check_dict, check_loadable, restore_precision
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
+from lightning_soaa._fishers import check_fisher, joint_fisher
 from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, only_zeros
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal
@@ -42,7 +43,9 @@ class SOAA(Optimizer):
     such a step there; on a check it does not.
 
     Args:
-        params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay`` or
+            ``fisher``. A group's Fisher is configuration: it is kept by the position of the group, not in
+            ``param_groups`` and not in ``state_dict``; an optimizer that loads one is built with the same.
         lr: learning rate (default: 1e-3). Under RatioRadius only the groups' proportions count, and schedulers, which
             multiply the step as everywhere.
         betas: decays of the two moments, each in [0, 1) (default: None, which is (0.9, 0.99) under RatioRadius and
@@ -101,13 +104,11 @@ class SOAA(Optimizer):
     ) -> None:
         if not isinstance(radius, AbstractRadius):
             refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
-        if not isinstance(fisher, AbstractFisher):
-            refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
         if not isinstance(compile, bool):
             refuse("SOAA", "compile", "a bool", compile, TypeError)
-        for rule, able in ((radius, not radius.fisher_limits), (fisher, fisher.compiles)):
-            if compile and not able:
-                refuse("SOAA", "compile", f"False with {type(rule).__name__}", compile)
+        if compile and radius.fisher_limits:
+            refuse("SOAA", "compile", f"False with {type(radius).__name__}", compile)
+        check_fisher(fisher, compiled=compile)
         defaults: dict[str, Any] = {
             "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
@@ -123,6 +124,7 @@ class SOAA(Optimizer):
             if not params:
                 refuse("SOAA", "params", "a non-empty iterable of parameters", params)
         self.radius_rule, self.fisher_rule, self._compiled = radius, fisher, compile
+        self._own_fishers: list[AbstractFisher | None] = []
         self._forget()
         super().__init__(params, defaults)
         keys.fill_missing(self.param_groups, self.defaults, radius)
@@ -139,6 +141,16 @@ class SOAA(Optimizer):
     def radius(self) -> float:
         """Return the trust-region radius that the next step starts from."""
         return float(self.param_groups[0][keys.RADIUS])
+
+    @property
+    def rotates(self) -> bool:
+        """Return whether a Fisher works in coordinates of its own, as KroneckerFisher does."""
+        return self._fisher.rotates
+
+    @property
+    def _fisher(self) -> AbstractFisher:
+        """Return the Fisher of all groups."""
+        return joint_fisher(self.fisher_rule, self._own_fishers, len(self.param_groups))
 
     @property
     def check_due(self) -> bool:
@@ -161,7 +173,7 @@ class SOAA(Optimizer):
                 known |= {"skipped": not ok, "accepted": bool(ok)}
                 known |= {name: head[name] for name in (keys.SKIPPED_STEPS, keys.OUTLIER_STEPS)}
             moved, skipped = known["accepted"], known["skipped"]
-            known |= describe(proposal, self.fisher_rule, moved=moved, skipped=skipped)
+            known |= describe(proposal, self._fisher, moved=moved, skipped=skipped)
             known["base_loss"] *= -1 if head["maximize"] else 1
             self._pending, self._report = None, StepReport(**known)
         return self._report
@@ -241,7 +253,7 @@ class SOAA(Optimizer):
             base = base if returned is None else scalar_loss("closure", returned)
         if blind:
             every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-            ensure_state(every, self.state, self.fisher_rule)
+            ensure_state(every, self.state, self._fisher)
         elif entries := find_gradients(self.param_groups):
             self._take(entries, base, loss_closure)
         return returned
@@ -264,7 +276,7 @@ class SOAA(Optimizer):
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
         before, unclipped, self._unclipped = self._unread, self._unclipped, None
-        how = (self.defaults, rule, self.fisher_rule, before, unclipped, self._compiled)
+        how = (self.defaults, rule, self._fisher, before, unclipped, self._compiled)
         stepper = Stepper(self.param_groups, self.state, *how)
         if check and base is not None and loss_closure is not None:
             proposal, numbers, known = stepper.checked(entries, base, loss_closure, numbers)
@@ -305,11 +317,14 @@ class SOAA(Optimizer):
         if "params" not in param_group:
             refuse("SOAA", "param_group", "a dict with `params`", sorted(param_group))
         merged = {**self.defaults, **keys.fresh_options(param_group)}
+        fisher = merged.pop("fisher", None)
+        check_fisher(self.fisher_rule if fisher is None else fisher, compiled=self._compiled)
         keys.check_options(merged)
         if self.param_groups and merged["maximize"] != self.param_groups[0]["maximize"]:
             refuse("SOAA", "maximize", "the same in all groups", merged["maximize"])
         lr = keys.host_lr(merged["lr"])
         super().add_param_group({**merged, "lr": lr, keys.BASE_LR: float(lr), keys.GROUP_RADIUS: 0.0})
+        self._own_fishers.append(fisher)
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
@@ -329,7 +344,7 @@ class SOAA(Optimizer):
         incoming: dict[str, Any] = {}
 
         def take(_: Optimizer, final: dict[str, Any]) -> None:
-            check_loadable(final, self.param_groups, self.defaults, self.radius_rule, self.fisher_rule)
+            check_loadable(final, self.param_groups, self.defaults, self.radius_rule, self._fisher)
             incoming.update(final)
 
         handle = self.register_load_state_dict_pre_hook(take)
@@ -338,13 +353,13 @@ class SOAA(Optimizer):
         finally:
             handle.remove()
         restore_precision(incoming, self.param_groups, self.state)
-        params = [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
-        lay_out([self.state[param] for param in params], self.fisher_rule)
+        every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if self.state.get(p)]
+        lay_out(every, self.state, self._fisher)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ("radius_rule", "fisher_rule", "_compiled")
+        own = ("radius_rule", "fisher_rule", "_own_fishers", "_compiled")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
