@@ -128,6 +128,10 @@ class KroneckerFisher(AbstractFisher):
         state[AGE] = torch.zeros(2 if any(sides) else 0, dtype=dtype, device=param.device)
         return state
 
+    def rotated(self, param: Tensor) -> bool:
+        """Return whether a parameter has a side that is rotated."""
+        return any(rotated_sides((torch.view_as_real(param) if param.is_complex() else param).shape, self.max_dim))
+
     def state_bytes(self, params: Iterable[Tensor]) -> int:
         """Return how many bytes the state of `params` will take, without making it."""
         total = 0
@@ -152,7 +156,10 @@ class KroneckerFisher(AbstractFisher):
                 for key in (MOMENT, SQUARE, *FRAME):
                     for each, tensor in zip(alike, torch.stack([one[key] for one in alike]).unbind(), strict=True):
                         each[key] = tensor
-        DIAGONAL.lay_out([{key: each[key] for key in (MOMENT, SQUARE)} for each in rest])
+        moments = [{key: each[key] for key in (MOMENT, SQUARE)} for each in rest]
+        DIAGONAL.lay_out(moments)
+        for each, moved in zip(rest, moments, strict=True):
+            each.update(moved)
 
     def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
         """Return stacks of the rotated parameters of one shape, and the others as DiagonalFisher is given them."""
