@@ -1,9 +1,9 @@
-"""What a step costs beside AdamW: ``python -m benchmarks.step_cost [--part shapes|training|growth] [--rounds 30]``.
+"""What a step costs beside AdamW: ``python -m benchmarks.step_cost [--part training|growth|worst|memory]``.
 
 All contestants of a row are stepped in turn in one process; a figure is the median over rounds of the ratio within a
 round, with its quartiles. Times are the processor's where there is one thread, which other processes on the machine
 disturb less. No forward or backward pass is timed, except by ``--part training``, where whole training steps are: the
-checks' forward passes are in it.
+checks' forward passes are in it. ``--part memory`` times nothing.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks.contenders import parse
 from benchmarks.data import batches
 from benchmarks.search import Plan, spec_of
+from benchmarks.tasks import get_task
 from benchmarks.train import Run
 from lightning_soaa import SOAA, FixedRadius, KroneckerFisher, RatioRadius
 
@@ -34,7 +35,7 @@ SHAPES = {
     "transformer 25 M": TRANSFORMER,
 }
 NEVER = 10**9
-TASKS = ("mnist_cnn", "char_transformer")
+TASKS = ("mnist_cnn", "char_transformer", "mnist_autoencoder")
 
 
 def _soaa(params: list[nn.Parameter], *, interval: int, slope: float = 0.0, **options: object) -> Step:
@@ -167,14 +168,41 @@ def growth_part(console: Console, sizes: list[int], count: int) -> None:
         console.print(f"slope of log time against log n: {slope:.3f}")
 
 
+def worst_part(console: Console, tasks: list[str], count: int) -> None:
+    """Print the processor time of optimizer steps on the tasks' models after burn-in, and that of the dearest one."""
+    for task in tasks:
+        table = Table("step", "ms, median", "ms, largest", "largest / median", title=task, title_justify="left")
+        shapes = [tuple(param.shape) for param in get_task(task).build(0).parameters()]
+        steps = {key: make(parameters(shapes, torch.float32)) for key, make in contestants(peers=False).items()}
+        kept = {key: steps[key] for key in ("AdamW foreach", "SOAA between checks", "SOAA, KroneckerFisher")}
+        for key, values in rounds(kept, count, time.process_time).items():
+            middle, most = median(values), max(values)
+            table.add_row(key, f"{1e3 * middle:.2f}", f"{1e3 * most:.2f}", f"{most / middle:.2f}")
+        console.print(table)
+
+
+def memory_part(console: Console) -> None:
+    """Print what the state of each Fisher takes, for the benchmarks' models and the shapes here."""
+    table = Table("model", "parameters", "rotated", "DiagonalFisher", "KroneckerFisher", title="bytes a parameter")
+    fisher = KroneckerFisher()
+    models = {name: list(get_task(name).build(0).parameters()) for name in TASKS}
+    for name, shapes in SHAPES.items():
+        models[name] = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    for name, params in models.items():
+        count, turned = sum(p.numel() for p in params), sum(p.numel() for p in params if fisher.rotated(p))
+        held = (KroneckerFisher(max_dim=1).state_bytes(params) / count, fisher.state_bytes(params) / count)
+        table.add_row(name, f"{count:,}", f"{turned / count:.0%}", *(f"{value:.1f}" for value in held))
+    console.print(table)
+
+
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__)
-    parser.add_argument("--part", choices=("shapes", "training", "growth"), default="shapes")
+    parser.add_argument("--part", choices=("shapes", "training", "growth", "worst", "memory"), default="shapes")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="names with commas between")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--peers", action="store_true", help="with other packages' optimizers")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="of --part training, names with commas between")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="of training and worst, names with commas between")
     parser.add_argument(
         "--contenders", default="adamw:foreach=true,fused=false soaa_ratio soaa_kronecker", help="blanks between"
     )
@@ -190,6 +218,10 @@ def main() -> None:
         shapes_part(console, names, dtype, arguments.rounds, peers=arguments.peers)
     elif arguments.part == "training":
         training_part(console, arguments.tasks.split(","), arguments.contenders.split(), arguments.steps)
+    elif arguments.part == "worst":
+        worst_part(console, arguments.tasks.split(","), arguments.rounds)
+    elif arguments.part == "memory":
+        memory_part(console)
     else:
         sizes = [10**power for power in range(5, 9) if 10**power <= arguments.largest]
         growth_part(console, sizes, max(5, arguments.rounds // 3))

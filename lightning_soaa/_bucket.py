@@ -58,9 +58,12 @@ class Bucket:
         last_bound: d of the last step.
         shards: the process groups over which the coordinates are spread; the tensors here are this rank's part.
         coordinates: their number, over all shards; of the parts of a bucket the first has that of all.
-        rotated: the gradients in the coordinates of the Fisher, where these are its own; zero where left out.
+        frame: what the Fisher's own coordinates rest on, if it has any, a stack of tensors by key; a step that may be
+            undone leaves it as it is.
+        phases: when the parts of the frame have their turn.
+        rotated: the gradients in these coordinates; one list for all copies of the bucket.
         flat: `grads` and `state` are one flat tensor for many small ones each.
-        packed: of these, the state itself, where it is no view of it.
+        packed: of state and frame, the tensors themselves, where these are no views of them.
     """
 
     group: int
@@ -77,6 +80,8 @@ class Bucket:
     last_bound: float = 0.0
     shards: Shards = ()
     coordinates: int = 0
+    frame: dict[str, Tensor] = field(default_factory=dict)
+    phases: tuple[int, ...] = ()
     rotated: list[Tensor] = field(default_factory=list)
     flat: bool = False
     packed: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -147,9 +152,16 @@ class Bucket:
         return unflatten(like_grads[0], self.params) if self.flat else like_grads
 
     def store(self) -> None:
-        """Bring what has been done to copies of small tensors of the state to the state itself."""
+        """Bring what has been done to copies of tensors of the state to the state itself."""
         for name, tensors in self.packed.items():
-            torch._foreach_copy_(tensors, unflatten(self.state[name][0], tensors))
+            if name in self.state:
+                torch._foreach_copy_(tensors, unflatten(self.state[name][0], tensors))
+
+    def store_frame(self) -> None:
+        """Bring what has been done to copies of tensors of the frame to the state itself."""
+        for name, tensors in self.packed.items():
+            if name in self.frame:
+                torch._foreach_copy_(tensors, list(self.frame[name].unbind()))
 
 
 def block_size(device: torch.device) -> int:
@@ -256,6 +268,20 @@ def one_view(tensors: Sequence[Tensor]) -> Tensor | None:
     memory = first.untyped_storage()
     inside = end <= memory.data_ptr() + memory.nbytes()
     return first.as_strided(((end - start) // width,), (1,)) if inside else None
+
+
+def stacked_view(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return tensors of one shape that lie side by side in one memory, in order, as one tensor; None for others."""
+    first, count = tensors[0], len(tensors)
+    start, size = first.data_ptr(), first.nbytes
+    if not first.is_contiguous():
+        return None
+    if any(tensor.data_ptr() != start + index * size for index, tensor in enumerate(tensors)):
+        return None
+    memory = first.untyped_storage()
+    if start + count * size > memory.data_ptr() + memory.nbytes():
+        return None
+    return first.as_strided((count, *first.shape), (first.numel(), *first.stride()))
 
 
 def pieces(tensors: Sequence[Tensor], most: int) -> Iterable[Sequence[Tensor]]:

@@ -87,8 +87,9 @@ def check_loadable(
     if name != type(rule).__name__:
         refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
     _check_head("state_dict['param_groups'][0]", head)
-    for index, param in _pairs(saved, groups):
-        _check_entry(index, incoming["state"], param, fisher)
+    for at, (theirs, mine) in enumerate(zip(saved, groups, strict=False)):
+        for index, param in _pairs([theirs], [mine]):
+            _check_entry(index, incoming["state"], param, fisher.of(at))
 
 
 def check_dict(name: str, value: object) -> None:

@@ -1,5 +1,6 @@
 """What a report says of a step and of the state, which takes a pass over the state."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, nan
 
@@ -25,9 +26,19 @@ def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: AbstractFish
 
 def merged(bucket: Bucket, fisher: AbstractFisher) -> Bucket:
     """Return a bucket with the same state in fewer tensors, where each costs the host more than its work."""
-    if not (on_host(bucket.device) and fisher.elementwise):
+    if not (on_host(bucket.device) and fisher.of(bucket.group).elementwise):
         return bucket
     return replace(bucket, state={name: runs(tensors) for name, tensors in bucket.state.items()})
+
+
+def rotation(buckets: Sequence[Bucket], fisher: AbstractFisher, home: torch.device) -> dict[str, Tensor | float]:
+    """Return what a report says of the Fisher's own coordinates; nothing if it has none."""
+    if not (fisher.rotates and buckets):
+        return {}
+    found = [fisher.rotation(bucket) for bucket in buckets]
+    ages = [age.max().to(home) for _, tensors in found for age in tensors]
+    share = sum(count for count, _ in found) / sum(bucket.coordinates for bucket in buckets)
+    return {"rotated_fraction": share, "basis_age": torch.stack(ages).max() if ages else nan}
 
 
 def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
@@ -36,7 +47,9 @@ def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped
     buckets = proposal.buckets
     if skipped:  # the moments have not absorbed the gradient that the age counts
         buckets = [replace(bucket, step=bucket.step - 1) for bucket in buckets if bucket.step > 1]
-    buckets = [merged(bucket, fisher) for bucket in buckets if bucket.coordinates]
+    buckets = [bucket for bucket in buckets if bucket.coordinates]
+    turned = rotation(buckets, fisher, proposal.home)
+    buckets = [merged(bucket, fisher) for bucket in buckets]
     if not buckets:
         return {"base_loss": read([base], proposal.home)[0], "step_norm": 0.0}
     scale, rows = fisher_scale(buckets, fisher), []
@@ -45,7 +58,7 @@ def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped
         rows.append(statistics(bucket, scale.to(bucket.device), limit, fisher).to(proposal.home))
     table = torch.stack(rows)
     columns = [table[:, 0].min(), table[:, 1].max(), table[:, 2].sum(), table[:, 3].sum(), proposal.square]
-    low, high, trace, active, square, base_loss = read([*columns, base], proposal.home)
+    low, high, trace, active, square, base_loss, *ages = read([*columns, base, *turned.values()], proposal.home)
     numel = sum(bucket.coordinates for bucket in buckets)
     return {
         "base_loss": base_loss,
@@ -55,4 +68,5 @@ def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped
         "fisher_max": high,
         "fisher_trace": trace,
         "active_fraction": active / numel,
+        **dict(zip(turned, ages, strict=True)),
     }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, side_by_side
+from lightning_soaa._bucket import Bucket
 from lightning_soaa._checks import refuse
 from lightning_soaa._dist import Shards, local, over_shards, shards_of
 from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
@@ -92,19 +92,20 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
 
 def ensure_state(entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
     """Give every parameter that has none its fresh state (`state` is modified in place)."""
-    fresh = [param for _, param in entries if not state[param]]
-    for param in fresh:
-        state[param].update({STEP: 0, **fisher.init(as_real(param), state_dtype(param.dtype))})
+    fresh = [(index, param) for index, param in entries if not state[param]]
+    for index, param in fresh:
+        state[param].update({STEP: 0, **fisher.of(index).init(as_real(param), state_dtype(param.dtype))})
     if fresh:
-        lay_out([state[param] for _, param in entries], fisher)
+        lay_out(entries, state, fisher)
 
 
-def lay_out(states: Sequence[dict[str, Any]], fisher: AbstractFisher) -> None:
-    """Move small tensors side by side where they are worked on as one (`states`, of the same keys, modified)."""
-    for name in states[0] if states and fisher.elementwise else ():
-        if isinstance(states[0][name], Tensor):
-            for each, tensor in zip(states, side_by_side([each[name] for each in states]), strict=True):
-                each[name] = tensor
+def lay_out(entries: Iterable[Entry], state: Mapping[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
+    """Move tensors of the state of parameters side by side where they are worked on as one (`state` is modified)."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for index, param in entries:
+        groups.setdefault(index, []).append(state[param])
+    for index, states in groups.items():
+        fisher.of(index).lay_out(states)
 
 
 def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:

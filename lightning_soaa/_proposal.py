@@ -7,7 +7,7 @@ from math import isfinite, nan, sqrt
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, divide
+from lightning_soaa._bucket import Bucket
 from lightning_soaa._sums import allowed, dots, on_host, square_sum, total
 from lightning_soaa.fisher import AbstractFisher, Unit
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
@@ -81,12 +81,7 @@ class Proposal:
         """Drop the gradients, so that a kept proposal holds no memory of its own."""
         self.blocks = []
         for bucket in self.buckets:
-            bucket.grads, bucket.rotated = [], []
-
-
-def absorbs_first(fisher: AbstractFisher, *, fisher_limits: bool, check: bool) -> bool:
-    """Return whether moments are updated before the step is known: it needs their sums, or a trial turned bases."""
-    return fisher_limits or (check and not fisher.elementwise)
+            bucket.grads = []
 
 
 def propose(
@@ -119,9 +114,7 @@ def propose(
         left: share of the gradients that clipping left, 0-d; None for all.
         compiled: the compiled step is asked for, which forms nothing on the way; slopes and checks do without it.
     """
-    blocks = buckets
-    if fisher.elementwise:
-        blocks = [block for b in buckets for block in divide(b, whole=compiled or on_host(b.device))]
+    blocks = [block for b in buckets for block in fisher.blocks(b, whole=compiled or on_host(b.device))]
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
@@ -134,9 +127,8 @@ def propose(
     proposal.compiled = compiled and not check and not slope
     if not fisher_limits:
         proposal.unit = gradient_rms(blocks, squares, ok, fisher) if check or unit is None else unit
-    if absorbs_first(fisher, fisher_limits=fisher_limits, check=check):
-        absorb(proposal, fisher)
     if fisher_limits:
+        absorb(proposal, fisher)
         proposal.scale = fisher_scale(blocks, fisher)
     return proposal
 
@@ -149,6 +141,12 @@ def absorb(proposal: Proposal, fisher: AbstractFisher) -> None:
                 fisher.update(part, allowed(proposal.ok, block.device))
             block.store()
     proposal.absorbed = True
+
+
+def turn(proposal: Proposal, fisher: AbstractFisher) -> None:
+    """Let the Fisher's own coordinates follow the gradients, where the proposal is ok, once the step is over."""
+    for block in proposal.blocks if fisher.rotates else ():
+        fisher.turn(block, allowed(proposal.ok, block.device))
 
 
 def admit(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[Tensor, Tensor, Gate | None]:

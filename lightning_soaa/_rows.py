@@ -28,6 +28,9 @@ STEP_FIELDS = {
     },
 }
 
+# The same, where a Fisher works in coordinates of its own.
+BASIS_FIELDS = {"fisher": {name: name for name in ("rotated_fraction", "basis_age")}}
+
 Counts = dict[str, int]
 
 
@@ -119,11 +122,12 @@ def check_layers(layers: Any) -> int | tuple[str, ...]:
     return tuple(layers)
 
 
-def report_values(report: StepReport | None, suffix: str) -> dict[str, float]:
-    """Return what is logged of a report, with the same keys if there is none."""
+def report_values(report: StepReport | None, suffix: str, *, rotates: bool = False) -> dict[str, float]:
+    """Return what is logged of a report, with the same keys if there is none; `rotates` adds those of bases."""
     return {
         f"{prefix}{suffix}/{key}": nan if report is None else float(getattr(report, field))
-        for prefix, fields in STEP_FIELDS.items()
+        for table in (STEP_FIELDS, *((BASIS_FIELDS,) if rotates else ()))
+        for prefix, fields in table.items()
         for key, field in fields.items()
     }
 

@@ -11,7 +11,7 @@ from lightning_soaa import _state as keys
 from lightning_soaa._checks import refuse
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, absorbs_first, propose
+from lightning_soaa._proposal import Proposal, absorb, propose, turn
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread, settle
@@ -23,22 +23,19 @@ LossClosure = Callable[[], Any]
 Outcome = tuple[Proposal, Numbers, dict[str, Any]]  # the step, the rule's new numbers, what is known for the report
 
 
-def check_rules(radius: AbstractRadius, fisher: AbstractFisher, *, compile: bool) -> None:
-    """Check the rules that a step goes by, and whether they can be compiled.
+def check_rules(radius: AbstractRadius, *, compile: bool) -> None:
+    """Check the rule that a step goes by, and whether it can be compiled.
 
     Raises:
-        TypeError: one of them has the wrong type.
+        TypeError: an argument has the wrong type.
         ValueError: `compile` is asked for where there is no compiled step.
     """
     if not isinstance(radius, AbstractRadius):
         refuse("SOAA", "radius", "a radius rule such as RatioRadius()", radius, TypeError)
-    if not isinstance(fisher, AbstractFisher):
-        refuse("SOAA", "fisher", "a Fisher estimate such as DiagonalFisher()", fisher, TypeError)
     if not isinstance(compile, bool):
         refuse("SOAA", "compile", "a bool", compile, TypeError)
-    for rule, able in ((radius, not radius.fisher_limits), (fisher, fisher.compiles)):
-        if compile and not able:
-            refuse("SOAA", "compile", f"False with {type(rule).__name__}", compile)
+    if compile and radius.fisher_limits:
+        refuse("SOAA", "compile", f"False with {type(radius).__name__}", compile)
 
 
 @dataclass(frozen=True)
@@ -156,6 +153,8 @@ class Stepper:
             raise
         if known.get("skipped", False):
             self._uncount(entries)
+        else:
+            turn(proposal, self.fisher)
         return proposal, numbers, known
 
     def _uncount(self, entries: list[Entry]) -> None:
@@ -165,8 +164,7 @@ class Stepper:
 
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception before it is decided undoes all of it."""
-        moments = absorbs_first(self.fisher, fisher_limits=self.rule.fisher_limits, check=True)
-        snapshot = Snapshot([param for _, param in entries], self.state, moments=moments)
+        snapshot = Snapshot([param for _, param in entries], self.state, moments=self.rule.fisher_limits)
         head = self.groups[0]
         try:
             proposal = self._propose(entries, base, check=True)
@@ -195,4 +193,5 @@ class Stepper:
             snapshot.restore()
         else:
             absorb(proposal, self.fisher)
+            turn(proposal, self.fisher)
         return proposal, numbers, known

@@ -97,7 +97,7 @@ def in_parts(
     ok, unit = allowed(proposal.ok, block.device), near(proposal.unit, block.device)
     scale = None if proposal.scale is None else proposal.scale.to(block.device)
     squares, promised = [], []
-    for part in block.parts() if fisher.elementwise else [block]:
+    for part in block.parts():
         worked = part if pace.keeps or proposal.absorbed else part.tentative()
         if proposal.absorbed:
             directions = fisher.direction(part, scale, ok, size.radius, unit, cautious=pace.cautious)

@@ -6,13 +6,13 @@ The functions are in :mod:`lightning_soaa._moments`, with the formulas.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_soaa._bucket import Bucket, Pace, block_size, unflatten
+from lightning_soaa._bucket import Bucket, Pace, block_size, divide, side_by_side, unflatten
 from lightning_soaa._moments import (
     advance_fused,
     box_direction,
@@ -58,13 +58,43 @@ class AbstractFisher(ABC):
         """Return whether it has a compiled step, :meth:`stride`."""
         return False
 
+    @property
+    def rotates(self) -> bool:
+        """Return whether it has coordinates of its own, see :meth:`turn`."""
+        return False
+
+    def of(self, group: int) -> "AbstractFisher":
+        """Return the Fisher of a parameter group: itself, unless groups have their own."""
+        return self
+
     @abstractmethod
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`; the same keys for every parameter."""
 
+    def lay_out(self, states: Sequence[dict[str, Any]]) -> None:
+        """Move tensors side by side where they are worked on as one (`states`, of parameters in order, modified)."""
+        for name in states[0] if states and self.elementwise else ():
+            if isinstance(states[0][name], Tensor):
+                for each, tensor in zip(states, side_by_side([each[name] for each in states]), strict=True):
+                    each[name] = tensor
+
+    def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
+        """Return the bucket in the parts that are worked on one by one; with `whole`, for the compiled step."""
+        return divide(bucket, whole=whole) if self.elementwise else [bucket]
+
     @abstractmethod
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Absorb the bucket's gradients where `ok`, None for true (step 1; the state is modified in place)."""
+
+    def turn(self, bucket: Bucket, ok: Tensor | None) -> None:  # noqa: B027  (most have no coordinates of their own)
+        """Let its own coordinates follow the gradients where `ok`, once the step is over; nothing if it has none.
+
+        Moments and frame are modified in place.
+        """
+
+    def rotation(self, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """Return how many coordinates of the bucket are rotated, and steps since each of their bases was refreshed."""
+        return 0, []
 
     @abstractmethod
     def square(self, bucket: Bucket) -> Tensor:

@@ -1,45 +1,49 @@
 """KroneckerFisher: a diagonal Fisher in coordinates that the gradients' own correlations choose.
 
 A gradient G is seen as a matrix of shape (a, b): first dimension by all others. Two factors are kept, and of each an
-orthonormal basis of eigenvectors; the second moment is that of the gradient in those bases:
+orthonormal basis of eigenvectors; the moments are those of the gradient in those bases:
 
 .. code-block:: text
 
-    L <- bf L + (1-bf) G G'              R <- bf R + (1-bf) G' G           L = P diag P',  R = Q diag Q'
     m <- b1 m + (1-b1) P' G Q            v <- b2 v + (1-b2) (P' G Q)^2     step 1
     u = P box(m, v) Q'                                                     steps 2 to 5 in the bases, and back
+    L <- bf L + (1-bf) G G'              R <- bf R + (1-bf) G' G           L = P diag P',  R = Q diag Q'
 
-The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, the first moment
-is turned with it, and the second takes the order of the new columns.
+The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, which it does once
+a step is over, the first moment is turned with it, and the second takes the order of the new columns.
+
+Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._bases`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from math import prod
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket
+from lightning_soaa._bases import (
+    due,
+    first_bases,
+    offsets,
+    refreshed,
+    rotate,
+    rotate_back,
+    rotated_sides,
+    turn_moments,
+)
+from lightning_soaa._bucket import Bucket, block_size, divide, flatten, stacked_view
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
 from lightning_soaa._moments import drop_disagreement
 from lightning_soaa._sums import dots, gated
-from lightning_soaa.fisher import (
-    MOMENT,
-    SQUARE,
-    AbstractFisher,
-    DiagonalFisher,
-    Unit,
-    box,
-)
+from lightning_soaa.fisher import MOMENT, SQUARE, AbstractFisher, DiagonalFisher, Unit, box
 
 LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"
 SIDES = ((LEFT, LEFT_BASIS), (RIGHT, RIGHT_BASIS))
-# Added to a factor of trace 1: directions without any gradient keep the basis that they have.
-RIDGE = 1e-6
+AGE = "basis_age"  # steps since each of the two bases was refreshed; no entries where neither side is rotated
+FRAME = (LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS, AGE)
 
 DIAGONAL = DiagonalFisher()
 
@@ -47,94 +51,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def rotated_sides(shape: Sequence[int], max_dim: int) -> tuple[int, int]:
-    """Return the lengths of a parameter's two sides, 0 for one that is not rotated.
-
-    Vectors and scalars, sides longer than `max_dim` and sides of length 1 are not.
-    """
-    if len(shape) < 2:
-        return 0, 0
-    rows, columns = shape[0], prod(shape[1:])
-    return (rows if 1 < rows <= max_dim else 0), (columns if 1 < columns <= max_dim else 0)
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """Return a tensor of two dimensions or more as a matrix, first dimension by all others."""
-    return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:]))
-
-
-def rotate(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``P' X Q`` in the shape of X; where a basis has no entries its side stays as it is."""
-    if not (left.numel() or right.numel()):
-        return tensor
-    matrix = as_matrix(tensor)
-    matrix = left.T @ matrix if left.numel() else matrix
-    matrix = matrix @ right if right.numel() else matrix
-    return matrix.reshape(tensor.shape)
-
-
-def rotate_back(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``P X Q'``, which undoes :func:`rotate`."""
-    return rotate(tensor, left.T, right.T)
-
-
-def unit_factor(factor: Tensor) -> Tensor:
-    """Return `factor` with trace 1 and a ridge, so that no product of it is too small for its dtype."""
-    unit = factor / factor.trace().clamp_min(torch.finfo(factor.dtype).tiny)
-    unit.diagonal().add_(RIDGE)
-    return unit
-
-
-def first_basis(factor: Tensor) -> Tensor:
-    """Return the eigenvectors of a factor, the one of the largest eigenvalue first; shape (a, a)."""
-    vectors: Tensor = torch.linalg.eigh(unit_factor(factor))[1]
-    return vectors.flip(1)
-
-
-def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the basis after a step of orthogonal iteration, and the order in which it takes the old columns.
-
-    The columns with the largest share of the factor come first. A result that is not finite is the basis as it was.
-
-    Args:
-        factor: shape (a, a), symmetric; not modified.
-        basis: shape (a, a), orthonormal columns; not modified.
-    """
-    turned = unit_factor(factor) @ basis
-    order = (basis * turned).sum(0).argsort(descending=True, stable=True)
-    new = torch.linalg.qr(turned[:, order])[0]
-    good = new.isfinite().all()
-    return torch.where(good, new, basis), torch.where(good, order, torch.arange(len(order), device=order.device))
-
-
-def refresh(state: dict[str, Tensor], side: int, ok: Tensor | None) -> None:
-    """Turn one basis of a parameter, and both moments with it, where `ok` and where the result is finite.
-
-    Args:
-        state: the parameter's, modified in place.
-        side: 0 for rows, 1 for columns.
-        ok: 0-d bool; None for true.
-    """
-    factor, basis = SIDES[side]
-    turned, order = refreshed(state[factor], state[basis])
-    turns = (turned != state[basis]).any()
-    turns = turns if ok is None else turns & ok
-    change = turned.T @ state[basis]
-    moment, square = (as_matrix(state[key]) for key in (MOMENT, SQUARE))
-    moment = change @ moment if side == 0 else moment @ change.T
-    for key, new in ((basis, turned), (MOMENT, moment), (SQUARE, square.index_select(side, order))):
-        state[key].copy_(torch.where(turns, new.reshape(state[key].shape), state[key]))
-
-
 def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callable[Concatenate[Any, Bucket, P], T]:
     """Return a method of a bucket that multiplies matrices in their own dtype, whatever the caller's autocast says."""
 
     @wraps(method)
     def precise(self: Any, bucket: Bucket, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_autocast_enabled(bucket.device.type):
+            return method(self, bucket, *args, **kwargs)
         with torch.autocast(bucket.device.type, enabled=False):
             return method(self, bucket, *args, **kwargs)
 
     return cast("Callable[Concatenate[Any, Bucket, P], T]", precise)
+
+
+def stacked(flat: Tensor, bucket: Bucket) -> Tensor:
+    """Return the flat tensor of a stack of parameters as matrices (n, a, b), first dimension by all others."""
+    return flat.view(len(bucket.params), bucket.params[0].shape[0], -1)
+
+
+def bases(bucket: Bucket) -> tuple[Tensor, Tensor]:
+    """Return the bases of a stack of parameters."""
+    return bucket.frame[LEFT_BASIS], bucket.frame[RIGHT_BASIS]
 
 
 @dataclass(frozen=True)
@@ -144,11 +81,11 @@ class KroneckerFisher(AbstractFisher):
     It sees interactions between the rows and between the columns of a parameter, which a diagonal misses. Convolutions
     count as matrices of output channels by all else; vectors, scalars and sides longer than `max_dim` are not rotated.
 
-    At the first gradient of a rotated parameter its bases are made, from that gradient alone; it is absorbed, but the
+    The first gradient of a rotated parameter makes its bases, from that gradient alone; it is absorbed, but the
     parameter does not move. (If that gradient is left out, bases turn from the parameter's own coordinates.) Later a
-    basis takes one step of orthogonal iteration every `refresh_every` steps, one parameter after the other, so that no
-    step bears the cost of all. A coordinate moves no further than the radius, also while its second moment is still
-    that of the basis before.
+    basis takes one step of orthogonal iteration every `refresh_every` steps, some of them on each step, so that none
+    bears the cost of all. A coordinate moves no further than the radius, also while its second moment is still that of
+    the basis before. A basis whose decomposition fails stays as it is until its next turn.
 
     Args:
         max_dim: longest side that is rotated, >= 1 (default: 256).
@@ -168,6 +105,11 @@ class KroneckerFisher(AbstractFisher):
             check_count("KroneckerFisher", name, getattr(self, name))
         check_between("KroneckerFisher", "decay", self.decay, 0, 1, "in (0, 1)")
 
+    @property
+    def rotates(self) -> bool:
+        """Return that it has coordinates of its own."""
+        return True
+
     def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the fresh state of one real parameter, in `dtype`.
 
@@ -179,57 +121,144 @@ class KroneckerFisher(AbstractFisher):
                 "SOAA: `fisher` must be DiagonalFisher() where parameters are sharded, got KroneckerFisher; leave it "
                 "out, or train with DDP"
             )
-        state = DIAGONAL.init(param, dtype)
-        for (factor, basis), size in zip(SIDES, rotated_sides(param.shape, self.max_dim), strict=True):
+        state, sides = DIAGONAL.init(param, dtype), rotated_sides(param.shape, self.max_dim)
+        for (factor, basis), size in zip(SIDES, sides, strict=True):
             state[factor] = torch.zeros(size, size, dtype=dtype, device=param.device)
             state[basis] = torch.eye(size, dtype=dtype, device=param.device)
+        state[AGE] = torch.zeros(2 if any(sides) else 0, dtype=dtype, device=param.device)
         return state
+
+    def rotated(self, param: Tensor) -> bool:
+        """Return whether a parameter has a side that is rotated."""
+        return any(rotated_sides((torch.view_as_real(param) if param.is_complex() else param).shape, self.max_dim))
 
     def state_bytes(self, params: Iterable[Tensor]) -> int:
         """Return how many bytes the state of `params` will take, without making it."""
         total = 0
         for param in params:
             real = torch.view_as_real(param) if param.is_complex() else param
-            width = max(4, real.element_size())
-            total += width * (2 * real.numel() + sum(2 * a * a for a in rotated_sides(real.shape, self.max_dim)))
+            sides = rotated_sides(real.shape, self.max_dim)
+            entries = 2 * real.numel() + sum(2 * a * a for a in sides) + (2 if any(sides) else 0)
+            total += max(4, real.element_size()) * entries
         return total
+
+    def lay_out(self, states: Sequence[dict[str, Any]]) -> None:
+        """Stack the state of rotated parameters of one shape, in order, and lay that of others as DiagonalFisher does.
+
+        (`states` modified.)
+        """
+        kinds: dict[Any, list[dict[str, Any]]] = {}
+        for each in states:
+            kinds.setdefault((each[MOMENT].shape, each[MOMENT].device, each[MOMENT].dtype), []).append(each)
+        rest = [each for each in states if not each[AGE].numel()]
+        for alike in kinds.values():
+            if alike[0][AGE].numel():
+                for key in (MOMENT, SQUARE, *FRAME):
+                    for each, tensor in zip(alike, torch.stack([one[key] for one in alike]).unbind(), strict=True):
+                        each[key] = tensor
+        moments = [{key: each[key] for key in (MOMENT, SQUARE)} for each in rest]
+        DIAGONAL.lay_out(moments)
+        for each, moved in zip(rest, moments, strict=True):
+            each.update(moved)
+
+    def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
+        """Return stacks of the rotated parameters of one shape, and the others as DiagonalFisher is given them."""
+        kinds: dict[Any, list[int]] = {}
+        for index, (param, age) in enumerate(zip(bucket.params, bucket.state[AGE], strict=True)):
+            kinds.setdefault(param.shape if age.numel() else None, []).append(index)
+        blocks, rest = list[Bucket](), kinds.pop(None, [])
+        for shape, rows in kinds.items():
+            room = max(1, block_size(bucket.device) // max(1, shape.numel()))
+            blocks += [_stack(bucket, rows[first : first + room]) for first in range(0, len(rows), room)]
+        sides = tuple((len(block.params), block.frame[key].shape[1]) for block in blocks for key, _ in SIDES)
+        phases = iter(offsets(sides, self.refresh_every))
+        for block in blocks:
+            block.phases = (next(phases), next(phases))
+        others = list[Bucket]()
+        if rest:
+            params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
+            others = divide(replace(bucket, params=params, grads=grads, state=state))
+        for block in (*blocks, *others):
+            block.coordinates = 0
+        for first in (*blocks, *others)[:1]:
+            first.coordinates = bucket.coordinates
+        return blocks + others
 
     @without_autocast
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
-        """Absorb gradients where `ok`, and refresh the bases whose turn it is (the state is modified in place)."""
-        self._rotate(bucket, ok)
-        DIAGONAL.update(replace(bucket, grads=bucket.rotated), ok)
+        """Absorb gradients where `ok` (the moments are modified in place)."""
+        DIAGONAL.update(self._inside(bucket), ok)
 
     @without_autocast
     def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
         """Do :meth:`update` and return :meth:`direction` without a scale."""
-        self._rotate(bucket, ok)
-        inside = replace(bucket, grads=bucket.rotated)
-        return self._back(bucket, DIAGONAL.advance(inside, ok, radius, unit, cautious=cautious), radius)
+        return self._back(bucket, DIAGONAL.advance(self._inside(bucket), ok, radius, unit, cautious=cautious), radius)
 
-    def _rotate(self, bucket: Bucket, ok: Tensor | None) -> None:
-        """Refresh the bases whose turn it is and set the bucket's gradients in them, zero where not `ok`."""
-        bucket.rotated = []
-        for index, grad in enumerate(bucket.grads):
-            state = {key: tensors[index] for key, tensors in bucket.state.items()}
-            clean = grad if ok is None else torch.where(ok, grad, 0.0)
-            self._turn(state, clean, ok, first=bucket.step == 1, due=(bucket.step + index) % self.refresh_every == 0)
-            bucket.rotated.append(rotate(clean, state[LEFT_BASIS], state[RIGHT_BASIS]))
+    def _inside(self, bucket: Bucket) -> Bucket:
+        """Return the bucket with its gradients in the bases."""
+        if not bucket.frame:
+            return bucket
+        if not bucket.rotated:
+            bucket.rotated.append(rotate(stacked(bucket.grads[0], bucket), *bases(bucket)).view(-1))
+        return replace(bucket, grads=bucket.rotated)
 
-    def _turn(self, state: dict[str, Tensor], clean: Tensor, ok: Tensor | None, *, first: bool, due: bool) -> None:
-        """Let the factors absorb a gradient, zero where not `ok`, and turn the bases (`state` modified in place)."""
-        matrix = as_matrix(clean) if clean.ndim > 1 else clean
-        for side, (factor, basis) in enumerate(SIDES):
-            if not state[factor].numel():
-                continue
-            rows = matrix if side == 0 else matrix.T
-            state[factor].mul_(gated(ok, 0.0 if first else self.decay, 1.0))
-            state[factor].addmm_(rows, rows.T, alpha=1.0 if first else 1 - self.decay)
-            if first:
-                new = first_basis(state[factor])
-                state[basis].copy_(new if ok is None else torch.where(ok, new, state[basis]))
-            elif due:
-                refresh(state, side, ok)
+    @without_autocast
+    def turn(self, bucket: Bucket, ok: Tensor | None) -> None:
+        """Let the factors absorb the gradients where `ok`, and refresh the bases whose turn it is."""
+        if not bucket.frame:
+            return
+        frame, grads = bucket.frame, stacked(bucket.grads[0], bucket)
+        grads = grads if ok is None else torch.where(ok, grads, 0.0)
+        first = bucket.step == 1
+        for side, (factor, _) in enumerate(SIDES):
+            if frame[factor].numel():
+                frame[AGE][:, side].add_(gated(ok, 1.0, 0.0))
+                rows = grads if side == 0 else grads.mT
+                keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
+                if ok is not None:
+                    frame[factor].mul_(gated(ok, keep, 1.0))
+                    keep = 1.0
+                frame[factor].baddbmm_(rows, rows.mT, beta=keep, alpha=add)
+                if not first:
+                    self._refresh(bucket, ok, side)
+        if first:
+            self._begin(bucket, grads, ok)
+        bucket.store()
+        bucket.store_frame()
+
+    def _begin(self, bucket: Bucket, grads: Tensor, ok: Tensor | None) -> None:
+        """Make the bases of a stack whose factors hold their first gradient, and set the moments anew in them."""
+        frame = bucket.frame
+        for factor, basis in SIDES:
+            if frame[factor].numel():
+                new = first_bases(frame[factor], frame[basis])
+                frame[basis].copy_(new if ok is None else torch.where(ok, new, frame[basis]))
+        frame[AGE].zero_()
+        rotated = rotate(grads, *bases(bucket)).view(-1)  # of the bases that are kept
+        bucket.state[MOMENT][0].copy_(rotated).mul_(1 - bucket.beta1)
+        bucket.state[SQUARE][0].copy_(rotated).square_().mul_(1 - bucket.beta2)
+
+    def _refresh(self, bucket: Bucket, ok: Tensor | None, side: int) -> None:
+        """Turn those bases of one side of a stack that have their turn, and the moments with them."""
+        factor, basis = (bucket.frame[key] for key in SIDES[side])
+        rows = due(bucket.step, bucket.phases[side], len(basis), self.refresh_every)
+        if rows.start == rows.stop:
+            return
+        old = basis[rows]
+        new, order, turns = refreshed(factor[rows], old)
+        turns = turns if ok is None else turns & ok
+        moment, square = (stacked(bucket.state[key][0], bucket)[rows] for key in (MOMENT, SQUARE))
+        turned = turn_moments(moment, square, torch.bmm(new.mT, old), order, turns, side=side)
+        age = bucket.frame[AGE][rows, side]
+        for kept, value in ((moment, turned[0]), (square, turned[1]), (old, torch.where(turns, new, old))):
+            kept.copy_(value)
+        age.copy_(torch.where(turns.flatten(), 0.0, age))
+
+    def rotation(self, bucket: Bucket) -> tuple[int, list[Tensor]]:
+        """Return how many coordinates of the bucket are rotated, and steps since each of their bases was refreshed."""
+        ages = [age for age in bucket.state[AGE] if age.numel()]
+        rows = zip(bucket.params, bucket.state[AGE], strict=True)
+        return sum(param.numel() for param, age in rows if age.numel()), ages
 
     def square(self, bucket: Bucket) -> Tensor:
         """Return ``sum(vh)`` over the bucket, 0-d."""
@@ -253,28 +282,46 @@ class KroneckerFisher(AbstractFisher):
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`; found in the bases, turned back."""
         directions = box(bucket, scale, ok, radius, unit)
         if cautious:
-            drop_disagreement(directions, bucket.rotated)
+            drop_disagreement(directions, self._inside(bucket).grads)
         return self._back(bucket, directions, radius)
 
     def _back(self, bucket: Bucket, directions: list[Tensor], radius: float) -> list[Tensor]:
         """Return directions in the parameters' own coordinates, bounded in the bases; none before the second step."""
-        for index, pair in enumerate(self._bases(bucket)):
-            if any(basis.numel() for basis in pair):
-                bounded = directions[index].clamp_(-radius, radius) if bucket.step > 1 else directions[index].zero_()
-                directions[index] = rotate_back(bounded, *pair)
-        return directions
+        if not bucket.frame:
+            return directions
+        if bucket.step == 1:
+            return [direction.zero_() for direction in directions]
+        return [rotate_back(stacked(u.clamp_(-radius, radius), bucket), *bases(bucket)).view(-1) for u in directions]
 
+    @without_autocast
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket in the bases, 0-d."""
-        rotated = [rotate(u, *pair) for u, pair in zip(directions, self._bases(bucket), strict=True)]
-        linear = dots(bucket.state[MOMENT], rotated) / bucket.correction1
-        return linear - dots(bucket.state[SQUARE], [u * u for u in rotated]) / bucket.correction2 / 2
+        if bucket.frame:
+            directions = [rotate(stacked(u, bucket), *bases(bucket)).view(-1) for u in directions]
+        linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
+        return linear - dots(bucket.state[SQUARE], [u * u for u in directions]) / bucket.correction2 / 2
 
     def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
         """Return least, largest and sum of F, and on how many coordinates it limits the step, shape (4,)."""
         return DIAGONAL.statistics(bucket, scale, radius)
 
-    @staticmethod
-    def _bases(bucket: Bucket) -> list[tuple[Tensor, Tensor]]:
-        """Return the two bases of each parameter of the bucket."""
-        return list(zip(bucket.state[LEFT_BASIS], bucket.state[RIGHT_BASIS], strict=True))
+
+def _rows(bucket: Bucket, rows: Sequence[int], keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor], Any]:
+    """Return parameters, gradients and some of the state of some of the parameters of a bucket."""
+    lists = [bucket.params, bucket.grads, *(bucket.state[key] for key in keys)]
+    if len(rows) < len(bucket.params):
+        lists = [[kept[row] for row in rows] for kept in lists]
+    return lists[0], lists[1], dict(zip(keys, lists[2:], strict=True))
+
+
+def _stack(bucket: Bucket, rows: Sequence[int]) -> Bucket:
+    """Return parameters of one shape as one flat tensor, with their frame in stacks: views, or copies to be stored."""
+    params, grads, kept = _rows(bucket, rows, (MOMENT, SQUARE, *FRAME))
+    views = {key: stacked_view(tensors) for key, tensors in kept.items()}
+    packed = {key: kept[key] for key, view in views.items() if view is None}
+    frame = {key: torch.stack(kept[key]) if view is None else view for key, view in views.items()}
+    flat = grads[0].reshape(-1) if len(grads) == 1 else flatten(grads)
+    state = {key: [frame.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
+    part = replace(bucket, params=params, grads=[flat], state=state, frame=frame, packed=packed)
+    part.flat, part.rotated = True, []
+    return part

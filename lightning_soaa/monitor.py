@@ -57,6 +57,8 @@ class TrustRegionMonitor(Callback):
     ``fisher/mean``, ``min``, ``max``,      the diagonal Fisher over all coordinates
     ``fisher/trace``
     ``fisher/active_fraction``              share of coordinates that the Fisher limits, not the radius
+    ``fisher/rotated_fraction``             with KroneckerFisher: share of coordinates whose parameter is rotated
+    ``fisher/basis_age``                    with it: steps since the basis that has waited longest was refreshed
     ======================================  =============================================================
 
     Names follow :class:`~lightning.pytorch.callbacks.LearningRateMonitor`: with several SOAA optimizers the second has
@@ -261,7 +263,7 @@ class TrustRegionMonitor(Callback):
             f"trust_region{suffix}/rejects": head["checks"] - head["accepted_checks"],
             f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
             f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
-            **report_values(report, suffix),
+            **report_values(report, suffix, rotates=getattr(optimizer, "rotates", False)),
             **({f"trust_region{suffix}/check_time_share": self._clock.check_share()} if self.check_time else {}),
             **(self._details[suffix].values(suffix, report) if suffix in self._details else {}),
             **group_values(optimizer.param_groups, suffix),

@@ -11,6 +11,7 @@ from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import loading
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
+from lightning_soaa._fishers import check_fisher, joint_fisher
 from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, no_gradients
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal
@@ -41,7 +42,9 @@ class SOAA(Optimizer):
     such a step there; on a check it does not.
 
     Args:
-        params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        params: parameters, or dicts of parameter groups with their own ``lr``, ``betas``, ``eps``, ``weight_decay`` or
+            ``fisher``. A group's Fisher is configuration: it is kept by the position of the group, not in
+            ``param_groups`` and not in ``state_dict``; an optimizer that loads one is built with the same.
         lr: learning rate (default: 1e-3). Under RatioRadius only the groups' proportions count, and schedulers, which
             multiply the step as everywhere.
         betas: decays of the two moments, each in [0, 1) (default: None, which is (0.9, 0.99) under RatioRadius and
@@ -98,7 +101,8 @@ class SOAA(Optimizer):
         maximize: bool = False,
         compile: bool = False,
     ) -> None:
-        check_rules(radius, fisher, compile=compile)
+        check_rules(radius, compile=compile)
+        check_fisher(fisher, compiled=compile)
         defaults: dict[str, Any] = {
             "lr": keys.host_lr(lr),
             "betas": radius.betas if betas is None else betas,
@@ -114,6 +118,7 @@ class SOAA(Optimizer):
             if not params:
                 refuse("SOAA", "params", "a non-empty iterable of parameters", params)
         self.radius_rule, self.fisher_rule, self._compiled = radius, fisher, compile
+        self._own_fishers: list[AbstractFisher | None] = []
         self._forget()
         super().__init__(params, defaults)
         keys.fill_missing(self.param_groups, self.defaults, radius)
@@ -130,6 +135,16 @@ class SOAA(Optimizer):
     def radius(self) -> float:
         """Return the trust-region radius that the next step starts from."""
         return float(self.param_groups[0][keys.RADIUS])
+
+    @property
+    def rotates(self) -> bool:
+        """Return whether a Fisher works in coordinates of its own, as KroneckerFisher does."""
+        return self._fisher.rotates
+
+    @property
+    def _fisher(self) -> AbstractFisher:
+        """Return the Fisher of all groups."""
+        return joint_fisher(self.fisher_rule, self._own_fishers, len(self.param_groups))
 
     @property
     def check_due(self) -> bool:
@@ -152,7 +167,7 @@ class SOAA(Optimizer):
                 known |= {"skipped": not ok, "accepted": bool(ok)}
                 known |= {name: head[name] for name in (keys.SKIPPED_STEPS, keys.OUTLIER_STEPS)}
             moved, skipped = known["accepted"], known["skipped"]
-            known |= describe(proposal, self.fisher_rule, moved=moved, skipped=skipped)
+            known |= describe(proposal, self._fisher, moved=moved, skipped=skipped)
             known["base_loss"] *= -1 if head["maximize"] else 1
             self._pending, self._report = None, StepReport(**known)
         return self._report
@@ -233,7 +248,7 @@ class SOAA(Optimizer):
             base = base if returned is None else scalar_loss("closure", returned)
         if blind:
             every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-            ensure_state(every, self.state, self.fisher_rule)
+            ensure_state(every, self.state, self._fisher)
         elif entries := find_gradients(self.param_groups):
             self._take(entries, base, loss_closure)
         return returned
@@ -241,7 +256,7 @@ class SOAA(Optimizer):
     def _take(self, entries: list[Entry], base: Tensor | None, loss_closure: LossClosure | None) -> None:
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
         unclipped, self._unclipped = self._unclipped, None
-        rules = (self.defaults, self.radius_rule, self.fisher_rule)
+        rules = (self.defaults, self.radius_rule, self._fisher)
         stepper = Stepper(self.param_groups, self.state, *rules, self._unread, unclipped, self._compiled)
         check = self.check_due
         proposal, known, self._unread = stepper.take(entries, base, loss_closure, lambda: self._unread, check=check)
@@ -261,7 +276,12 @@ class SOAA(Optimizer):
             TypeError: `param_group` is no dict, or an option has the wrong type.
             ValueError: an option is out of range, or `maximize` differs from the other groups'.
         """
-        super().add_param_group(keys.new_group(param_group, self.param_groups, self.defaults))
+        fisher = param_group.get("fisher") if isinstance(param_group, dict) else None
+        check_fisher(self.fisher_rule if fisher is None else fisher, compiled=self._compiled)
+        group = keys.new_group(param_group, self.param_groups, self.defaults)
+        group.pop("fisher", None)
+        super().add_param_group(group)
+        self._own_fishers.append(fisher)
 
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as tensors and plain numbers; radius and counters are in group 0."""
@@ -277,15 +297,15 @@ class SOAA(Optimizer):
             ValueError: it is not SOAA's, belongs to another radius rule, or groups, parameters and moments do not
                 match; the optimizer is as before.
         """
-        with loading(self, state_dict, self.radius_rule, self.fisher_rule):
+        with loading(self, state_dict, self.radius_rule, self._fisher):
             super().load_state_dict(state_dict)
-        params = [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
-        lay_out([self.state[param] for param in params], self.fisher_rule)
+        every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if self.state.get(p)]
+        lay_out(every, self.state, self._fisher)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        own = ("radius_rule", "fisher_rule", "_compiled")
+        own = ("radius_rule", "fisher_rule", "_own_fishers", "_compiled")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

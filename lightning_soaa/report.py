@@ -36,6 +36,8 @@ class StepReport:
         fisher_max: largest entry of the diagonal Fisher.
         fisher_trace: sum of the diagonal Fisher.
         active_fraction: share of coordinates in [0, 1] where the Fisher, not the radius, limits the step.
+        rotated_fraction: share of coordinates in [0, 1] whose parameter is rotated; ``nan`` without a KroneckerFisher.
+        basis_age: steps since the basis that has waited longest was refreshed; ``nan`` where nothing is rotated.
         checks: checks so far.
         accepted_checks: checks so far whose step was accepted.
         skipped_steps: steps so far that were skipped because the loss or a gradient was not finite.
@@ -62,6 +64,8 @@ class StepReport:
     fisher_max: float = nan
     fisher_trace: float = nan
     active_fraction: float = nan
+    rotated_fraction: float = nan
+    basis_age: float = nan
     checks: int = 0
     accepted_checks: int = 0
     skipped_steps: int = 0

@@ -102,6 +102,19 @@ def test_pieces_of_code_in_the_readme_do_what_is_said():
     assert isinstance(names["made"].fisher_rule, lightning_soaa.KroneckerFisher)
 
 
+def test_code_of_the_page_about_fishers_runs_and_groups_have_theirs(capsys):
+    names = {}
+    for block in blocks(DOCS / "kronecker.md"):
+        exec(block, names)
+    assert capsys.readouterr().out == f"{4 * (2 * 49098 + 2 * (32**2 + 64**2 + 256**2 + 10**2 + 64**2) + 6)}\n"
+    model, optimizer = names["model"], names["optimizer"]
+    loss_at = lambda: model(torch.arange(40).view(5, 8)).square().mean()  # noqa: E731
+    loss_at().backward()
+    optimizer.step(loss_closure=loss_at)
+    rotated = [optimizer.state[param].get("basis_age") is not None for param in model.parameters()]
+    assert rotated == [False, True, True, True, True]
+
+
 def test_code_of_a_diff_runs_after_the_change():
     mixed, sam = blocks(DOCS / "migrating.md", "diff")
     names = {**vars(lightning_soaa), "LightningModule": Base}

@@ -13,7 +13,7 @@ from processes import of_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
+from lightning_soaa import SOAA, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
 
 pytestmark = [*QUIET, pytest.mark.processes]
@@ -110,7 +110,7 @@ def ddp():
 def run(kind, strategy, *args, **flags):
     """Train in two processes, which others have started."""
     seed()
-    options = {key: flags.pop(key) for key in ("lr", "weight_decay") if key in flags}
+    options = {key: flags.pop(key) for key in ("lr", "weight_decay", "fisher") if key in flags}
     module = kind(*args, **options)
     return fit(module, data=data(), strategy=strategy, devices=2, **{"max_epochs": 2, **flags})
 
@@ -124,6 +124,7 @@ RULES = {
     "fixed": (FixedRadius(), {"weight_decay": 0.1}),
 }
 STOCK = {"plain": {}, "accumulate and clip": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}}
+REFUSED = [("tensor parallelism", {"tensor_parallel_size": 2}, {}), ("kronecker", {}, {"fisher": KroneckerFisher()})]
 FORMATS = {"distributed checkpoint": True, "one file": False}
 
 
@@ -139,7 +140,7 @@ def resume(folder, distributed):
 
 
 def job(folder):
-    found = {"refused": ""}
+    found = {}
     for name, (rule, flags) in RULES.items():
         found[name] = [
             run(kind, strategy, rule, **flags).module.history
@@ -153,10 +154,11 @@ def job(folder):
         ]
     for name, distributed in FORMATS.items():
         found["resumed", name] = resume(folder, distributed)
-    try:
-        run(MixedShardedNet, fsdp(tensor_parallel_size=2), FixedRadius())
-    except ValueError as error:
-        found["refused"] = str(error)
+    for name, strategy, options in REFUSED:
+        try:
+            run(MixedShardedNet, fsdp(**strategy), FixedRadius(), **options)
+        except ValueError as error:
+            found["refused", name] = str(error)
     return found
 
 
@@ -210,9 +212,17 @@ def test_one_and_one_epochs_are_two(ranks, form):
 
 def test_tensor_parallelism_is_refused_by_name(ranks):
     for rank in ranks:
-        assert rank["refused"] == (
+        assert rank["refused", "tensor parallelism"] == (
             "SOAAMixin: `ModelParallelStrategy(tensor_parallel_size=...)` must be 1, got 2; tensor parallelism is not "
             "supported yet: use data_parallel_size for all devices, and fully_shard"
+        )
+
+
+def test_kronecker_fisher_is_refused_by_name(ranks):
+    for rank in ranks:
+        assert rank["refused", "kronecker"] == (
+            "SOAA: `fisher` must be DiagonalFisher() where parameters are sharded, got KroneckerFisher; leave it out, "
+            "or train with DDP"
         )
 
 

@@ -90,7 +90,7 @@ def test_between_checks_it_takes_one_call_for_all_small_tensors(monkeypatch):
         ({"foreach": True, "fused": True}, True),
         ({"radius": RULES["fixed"]}, False),
         ({"radius": RULES["published"]}, False),
-        ({"fisher": KroneckerFisher()}, False),
+        ({"fisher": KroneckerFisher()}, True),
     ],
 )
 def test_it_is_picked_where_only_the_radius_limits_and_no_other_form_is_asked_for(monkeypatch, options, used):

@@ -10,8 +10,8 @@ from problems import Problem, assert_same, drive
 from torch import nn
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
+from lightning_soaa._bases import due, first_bases, offsets, refreshed, rotate, rotate_back, rotated_sides
 from lightning_soaa._state import numbers_of
-from lightning_soaa.kronecker import first_basis, refreshed, rotate, rotate_back, rotated_sides
 
 RULES = {"fixed": FixedRadius(0.5), "published": PublishedRadius(50), "ratio": RatioRadius()}
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -36,6 +36,7 @@ class FullMatrices:
     """One parameter under FixedRadius, the Kronecker product of its bases formed in full. Slow, never optimised."""
 
     def __init__(self, x, *, lr, betas, eps, radius, decay, refresh_every):
+        self.turns = (3, 2) if x.shape[0] >= x.shape[1] else (2, 3)  # the longer side has the last step's turn
         self.x, self.lr, self.betas, self.eps, self.radius = x.copy(), lr, betas, eps, radius
         self.decay, self.refresh_every, self.t = decay, refresh_every, 0
         self.m, self.v = np.zeros(x.size), np.zeros(x.size)
@@ -47,11 +48,6 @@ class FullMatrices:
         if self.t == 1:
             self.factors = products
             self.bases = [np.linalg.eigh(self.unit(f))[1][:, ::-1] for f in products]
-        else:
-            keep = self.decay
-            self.factors = [keep * f + (1 - keep) * p for f, p in zip(self.factors, products, strict=True)]
-            if self.t % self.refresh_every == 0:
-                self.refresh()
         both = np.kron(*self.bases)  # of row-major entries: P' G Q is kron(P, Q)' vec(G)
         self.m = b1 * self.m + (1 - b1) * g.ravel()
         self.v = b2 * self.v + (1 - b2) * (both.T @ g.ravel()) ** 2
@@ -60,13 +56,17 @@ class FullMatrices:
         u = self.radius * (both.T @ mh) / (np.maximum(self.radius * fisher, np.sqrt(vh)) + self.eps)
         if self.t > 1:
             self.x = self.x - self.lr * (both @ np.clip(u, -self.radius, self.radius)).reshape(self.x.shape)
+            keep = self.decay
+            self.factors = [keep * f + (1 - keep) * p for f, p in zip(self.factors, products, strict=True)]
+            for side in (0, 1):
+                if self.t % self.refresh_every == self.turns[side]:
+                    self.refresh(side)
 
-    def refresh(self):
-        for side in (0, 1):
-            turned = self.unit(self.factors[side]) @ self.bases[side]
-            order = np.argsort(-np.sum(self.bases[side] * turned, axis=0), kind="stable")
-            self.bases[side] = np.linalg.qr(turned[:, order])[0]
-            self.v = np.take(self.v.reshape(self.x.shape), order, axis=side).ravel()
+    def refresh(self, side):
+        turned = self.unit(self.factors[side]) @ self.bases[side]
+        order = np.argsort(-np.sum(self.bases[side] * turned, axis=0), kind="stable")
+        self.bases[side] = np.linalg.qr(turned[:, order])[0]
+        self.v = np.take(self.v.reshape(self.x.shape), order, axis=side).ravel()
 
     @staticmethod
     def unit(factor):
@@ -152,7 +152,7 @@ def test_a_quadratic_with_a_kronecker_hessian_takes_fewer_steps_than_under_the_d
         ((9, 9), (0, 0)),
         ((1, 4), (0, 4)),
         ((4, 1), (4, 0)),
-        ((0, 4), (0, 4)),
+        ((0, 4), (0, 0)),
         ((8, 8), (8, 8)),
     ],
 )
@@ -160,12 +160,16 @@ def test_sides_of_matrices_are_rotated_up_to_the_longest(shape, expected):
     assert rotated_sides(shape, 8) == expected
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2), (4, 3, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 2, 2), (4, 3, 1)])
 def test_rotating_back_undoes_a_rotation(shape):
-    x, left, right = noise(*shape), orthogonal(shape[0], 1), orthogonal(math.prod(shape[1:]), 2)
+    x = noise(*shape)
+    left, right = (
+        torch.stack([orthogonal(size, seed + side) for seed in range(0, 2 * len(x), 2)])
+        for side, size in enumerate(shape[1:])
+    )
     torch.testing.assert_close(rotate_back(rotate(x, left, right), left, right), x, atol=1e-13, rtol=1e-12)
-    assert rotate(x, left, right).shape == x.shape
-    assert torch.equal(rotate(x, left[:0, :0], right[:0, :0]), x)
+    torch.testing.assert_close(rotate(x, left, right)[1], left[1].T @ x[1] @ right[1], atol=1e-13, rtol=1e-12)
+    assert torch.equal(rotate(x, left[:, :0, :0], right[:, :0, :0]), x)
 
 
 def test_the_first_gradient_makes_the_bases_and_moves_no_rotated_parameter():
@@ -175,6 +179,7 @@ def test_the_first_gradient_makes_the_bases_and_moves_no_rotated_parameter():
     losses_of(optimizer, lambda: (x @ x.T).square().sum() + (bias**4).sum(), 1)
     assert torch.equal(x, before)
     assert not torch.equal(bias, before_bias)
+    assert optimizer.last_step.step_norm == pytest.approx(float((bias.detach() - before_bias).norm()))
     state = optimizer.state[x]
     turned = state["left_basis"].T @ state["left"] @ state["left_basis"]
     torch.testing.assert_close(turned, torch.diag(turned.diagonal()), atol=1e-8, rtol=0)
@@ -195,26 +200,30 @@ def test_a_first_gradient_that_is_not_finite_leaves_bases_that_later_ones_turn()
 def test_columns_are_sorted_and_take_their_second_moments_along():
     basis = orthogonal(4, 7)
     factor = basis @ torch.diag(torch.tensor([1.0, 8.0, 2.0, 4.0], dtype=torch.float64)) @ basis.T
-    new, order = refreshed(factor, basis)
-    assert order.tolist() == [1, 3, 2, 0]
-    torch.testing.assert_close(new.abs(), basis[:, order].abs(), atol=1e-12, rtol=0)
+    new, order, turned = refreshed(factor[None], basis[None])
+    assert order.tolist() == [[1, 3, 2, 0]]
+    assert turned.tolist() == [[[True]]]
+    torch.testing.assert_close(new[0].abs(), basis[:, order[0]].abs(), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_basis_that_comes_out_not_finite_is_the_one_before(bad):
-    basis = orthogonal(4, 7)
-    new, order = refreshed(torch.full((4, 4), bad, dtype=torch.float64), basis)
-    assert torch.equal(new, basis)
-    assert order.tolist() == [0, 1, 2, 3]
+    basis = torch.stack([orthogonal(4, 7), orthogonal(4, 8)])
+    factor = torch.stack([torch.full((4, 4), bad), torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))]).double()
+    new, order, turned = refreshed(factor, basis)
+    assert turned.flatten().tolist() == [False, True]
+    assert torch.equal(new[0], basis[0])
+    assert order[0].tolist() == [0, 1, 2, 3]
+    assert new[1].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
 def test_bases_do_not_depend_on_the_unit_of_the_gradient(scale):
-    g = noise(5, 3).float()
-    factor = (g * scale) @ (g * scale).T
-    assert first_basis(factor).isfinite().all()
-    new, _ = refreshed(factor, orthogonal(5, 1).float())
-    torch.testing.assert_close(new.T @ new, torch.eye(5), atol=1e-6, rtol=0)
+    g, unit = noise(5, 3).float(), torch.eye(5)[None]
+    factor = ((g * scale) @ (g * scale).T)[None]
+    for new in (first_bases(factor, unit), refreshed(factor, orthogonal(5, 1).float()[None])[0]):
+        assert not torch.equal(new, unit)
+        torch.testing.assert_close(new.mT @ new, unit, atol=2e-6, rtol=0)
 
 
 def test_bases_are_orthonormal_after_ten_thousand_steps_in_float32():
@@ -273,7 +282,7 @@ def test_state_of_another_fisher_is_refused_and_changes_nothing():
     diagonal = SOAA([x], radius=FixedRadius())
     losses_of(diagonal, lambda: x.square().sum(), 2)
     kronecker = SOAA([x], radius=FixedRadius(), fisher=KroneckerFisher())
-    with pytest.raises(ValueError, match=r"SOAA: `state_dict\['state'\]\[0\]` must be one with `left`, "):
+    with pytest.raises(ValueError, match=r"SOAA: `state_dict\['state'\]\[0\]` must be one with `basis_age`, `left`, "):
         kronecker.load_state_dict(diagonal.state_dict())
     assert not kronecker.state
 
@@ -382,3 +391,170 @@ def test_a_step_that_is_skipped_turns_nothing(request, accelerated):
     problem.spoil = math.nan
     after = problem.run(3).facts()
     assert_same(before, {key: after[key] for key in before})
+
+
+class Failing:
+    """torch.linalg.eigh and qr, which fail from some call on."""
+
+    def __init__(self, monkeypatch, name, how):
+        self.inner, self.how, self.fails, self.calls = getattr(torch.linalg, name), how, False, 0
+        monkeypatch.setattr(torch.linalg, name, self)
+
+    def __call__(self, matrix):
+        self.calls += 1
+        if not self.fails:
+            return self.inner(matrix)
+        if self.how == "raises":
+            raise torch.linalg.LinAlgError("no convergence")
+        return tuple(part * math.nan for part in self.inner(matrix))
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+@pytest.mark.parametrize("name", ["eigh", "qr"])
+def test_a_decomposition_that_fails_leaves_the_bases_and_training_goes_on(monkeypatch, name, how):
+    failing = Failing(monkeypatch, name, how)
+    x = nn.Parameter(noise(4, 3))
+    optimizer = SOAA([x], radius=FixedRadius(0.01), fisher=KroneckerFisher(refresh_every=1))
+    loss_at = lambda: (x @ x.T).square().sum()  # noqa: E731
+    if name == "qr":
+        losses_of(optimizer, loss_at, 3)
+    failing.fails, before = True, failing.calls
+    sizes = {"left_basis": 4, "right_basis": 3}
+    bases = {key: optimizer.state[x].get(key, torch.eye(size).double()).clone() for key, size in sizes.items()}
+    first = losses_of(optimizer, loss_at, 1 if name == "eigh" else 20)[0]
+    assert failing.calls > before
+    assert all(torch.equal(optimizer.state[x][key], kept) for key, kept in bases.items())
+    assert float(optimizer.state[x]["basis_age"].max()) == (0 if name == "eigh" else 20)
+    failing.fails = False
+    losses = losses_of(optimizer, loss_at, 20)
+    assert losses[-1] < first
+    assert not any(torch.equal(optimizer.state[x][key], kept) for key, kept in bases.items())
+    assert float(optimizer.state[x]["basis_age"].max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_of_16_bits_keep_factors_and_bases_of_32(dtype):
+    x = nn.Parameter(noise(4, 3).to(dtype))
+    optimizer = SOAA([x], fisher=KroneckerFisher(refresh_every=2))
+    losses = losses_of(optimizer, lambda: (x.float() - 1).square().sum(), 60)
+    assert losses[-1] < 0.1 * losses[0]
+    kept = {key: value for key, value in optimizer.state[x].items() if isinstance(value, torch.Tensor)}
+    assert {value.dtype for value in kept.values()} == {torch.float32}
+    basis = kept["left_basis"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4), atol=1e-5, rtol=0)
+
+
+@each_rule
+def test_stacked_parameters_step_as_they_do_in_groups_of_their_own(rule):
+    """Up to rounding, where all bases have a turn on each step."""
+    ends = []
+    for grouped in (False, True):
+        params = [nn.Parameter(noise(4, 3, seed=i)) for i in range(3)]
+        groups = [{"params": [p]} for p in params] if grouped else params
+        optimizer = SOAA(groups, lr=0.01, radius=rule, fisher=KroneckerFisher(refresh_every=1))
+        losses = losses_of(optimizer, lambda params=params: sum((p @ p.T).square().sum() for p in params), 15)
+        ends.append(torch.cat([torch.stack([p.detach() for p in params]).flatten(), torch.tensor(losses)]))
+    torch.testing.assert_close(*ends, atol=1e-10, rtol=1e-10)
+
+
+@each_rule
+def test_a_stack_of_copies_steps_as_one_in_one_memory_bit_for_bit(rule):
+    together = [nn.Parameter(noise(4, 3, seed=i)) for i in range(3)]
+    loss_at = lambda params: sum((p @ p.T).square().sum() for p in params)  # noqa: E731
+    optimizer = SOAA(together, lr=0.01, radius=rule, fisher=KroneckerFisher(refresh_every=3))
+    losses_of(optimizer, lambda: loss_at(together), 12)
+    storages = {optimizer.state[p]["left"].untyped_storage().data_ptr() for p in together}
+    assert len(storages) == 1
+    apart = [nn.Parameter(noise(4, 3, seed=i)) for i in range(3)]
+    other = SOAA(apart, lr=0.01, radius=rule, fisher=KroneckerFisher(refresh_every=3))
+    losses_of(other, lambda: loss_at(apart), 1)
+    for p in apart:  # nowhere side by side any more
+        other.state[p].update({k: v.clone() for k, v in other.state[p].items() if isinstance(v, torch.Tensor)})
+    losses_of(other, lambda: loss_at(apart), 11)
+    for mine, theirs in zip(together, apart, strict=True):
+        assert torch.equal(mine, theirs)
+        assert_same(dict(optimizer.state[mine]), dict(other.state[theirs]))
+
+
+def test_a_parameter_without_a_gradient_leaves_its_stack_and_comes_back():
+    params = [nn.Parameter(noise(4, 3, seed=i)) for i in range(3)]
+    optimizer = SOAA(params, radius=FixedRadius(0.01), fisher=KroneckerFisher(refresh_every=2))
+    loss_at = lambda some: sum((p @ p.T).square().sum() for p in some)  # noqa: E731
+    drive(optimizer, lambda: loss_at(params), 4)
+    kept = copy.deepcopy(dict(optimizer.state[params[1]]))
+    drive(optimizer, lambda: loss_at(params[::2]), 4)
+    assert_same(kept, dict(optimizer.state[params[1]]))
+    before = [p.detach().clone() for p in params]
+    drive(optimizer, lambda: loss_at(params), 4)
+    assert [optimizer.state[p]["step"] for p in params] == [12, 8, 12]
+    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_stack_larger_than_a_block_is_worked_on_in_parts(monkeypatch):
+    ends = []
+    for size in (2**18, 24):
+        monkeypatch.setattr("lightning_soaa._bucket.CACHED", size)
+        params = [nn.Parameter(noise(4, 3, seed=i)) for i in range(5)]
+        optimizer = SOAA(params, lr=0.01, radius=FixedRadius(0.1), fisher=KroneckerFisher(refresh_every=100))
+        losses_of(optimizer, lambda params=params: sum((p @ p.T).square().sum() for p in params), 12)
+        ends.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sides", "every"),
+    [(((1, 256), (1, 64)), 10), (((2, 64), (2, 256), (3, 64), (1, 97), (1, 192)), 10), (((200, 50), (200, 50)), 10)],
+)
+def test_no_step_bears_much_more_than_its_share_of_the_refreshes(sides, every):
+    chosen = offsets(sides, every)
+    turns = [
+        [due(step, offset, count, every) for offset, (count, _) in zip(chosen, sides, strict=True)]
+        for step in range(every)
+    ]
+    for index, (count, _) in enumerate(sides):
+        assert sorted(row for turn in turns for row in range(count)[turn[index]]) == list(range(count))
+    loads = [sum(length**3 * len(range(n)[turn]) for turn, (n, length) in zip(t, sides, strict=True)) for t in turns]
+    largest = max(length**3 for _, length in sides)
+    assert max(loads) <= max(largest, 1.2 * sum(loads) / every)
+
+
+def test_a_schedule_of_rare_refreshes_takes_no_time_to_make():
+    assert offsets(((1, 8), (1, 8)), 10**9) != (0, 0)
+
+
+def test_the_age_of_a_basis_is_the_steps_since_it_was_refreshed():
+    x, tall, bias = nn.Parameter(noise(4, 3)), nn.Parameter(noise(30, 3)), nn.Parameter(noise(3))
+    optimizer = SOAA([x, tall, bias], radius=FixedRadius(1e-3), fisher=KroneckerFisher(max_dim=8, refresh_every=4))
+    loss_at = lambda: (x @ x.T).square().sum() + (tall @ bias).square().sum() + tall.square().sum()  # noqa: E731
+    ages = []
+    for _ in range(12):
+        drive(optimizer, loss_at)
+        ages.append(optimizer.last_step.basis_age)
+        assert optimizer.last_step.rotated_fraction == (12 + 90) / (12 + 90 + 3)
+    assert ages[0] == 0
+    assert max(ages) == 3
+    assert optimizer.state[tall]["basis_age"].tolist()[0] == 0  # that side is not rotated
+    assert not optimizer.state[bias]["basis_age"].numel()
+
+
+def test_the_diagonal_reports_no_bases():
+    optimizer = SOAA([x := nn.Parameter(noise(3))], radius=FixedRadius(1e-3))
+    drive(optimizer, lambda: x.square().sum())
+    assert math.isnan(optimizer.last_step.basis_age)
+    assert math.isnan(optimizer.last_step.rotated_fraction)
+
+
+def test_a_check_copies_no_factor_and_leaves_the_state_until_it_is_decided():
+    x = nn.Parameter(noise(3, 4))
+    optimizer = SOAA([x], fisher=KroneckerFisher(refresh_every=1))
+    loss_at, seen = (lambda: (x @ x.T).square().sum()), []
+    losses_of(optimizer, loss_at, 4)
+    before = copy.deepcopy(dict(optimizer.state[x]))
+    loss = loss_at()
+    x.grad = None
+    loss.backward()
+    optimizer.step(lambda: loss, loss_closure=lambda: seen.append(copy.deepcopy(dict(optimizer.state[x]))) or loss_at())
+    assert seen
+    for each in seen:
+        assert_same(before, each, but=("step",))
+    assert not torch.equal(before["left_basis"], optimizer.state[x]["left_basis"])

@@ -20,7 +20,9 @@ LAYERS = {
     "_bucket": ({"_dist", "_sums"}, TORCH),
     "_moments": ({"_sums"}, TORCH),
     "fisher": ({"_bucket", "_moments", "_sums"}, TORCH),
-    "kronecker": ({"_bucket", "_checks", "_dist", "_moments", "_sums", "fisher"}, TORCH),
+    "_bases": (set(), TORCH),
+    "kronecker": ({"_bases", "_bucket", "_checks", "_dist", "_moments", "_sums", "fisher"}, TORCH),
+    "_fishers": ({"_bucket", "_checks", "fisher"}, TORCH),
     "gate": (set(), TORCH),
     "radius": ({"_checks"}, set()),
     "ratio": ({"_checks", "radius"}, set()),
@@ -43,7 +45,7 @@ LAYERS = {
     "optimizer": (
         {
             *("_checks", "report", "fisher", "radius", "ratio", "_state", "_loss", "_checkpoint", "_proposal"),
-            *("_describe", "_gather", "_step", "_sums", "_unread", "gate"),
+            *("_describe", "_fishers", "_gather", "_step", "_sums", "_unread", "gate"),
         },
         TORCH,
     ),

@@ -114,8 +114,8 @@ REFUSED = {
     ),
     "of another Fisher": (
         lambda s: other(fisher=KroneckerFisher()), ValueError,
-        "SOAA: `state_dict['state'][0]` must be one with `m`, `step`, `v`, got ['left', 'left_basis', 'm', 'right', "
-        "'right_basis', 'step', 'v']",
+        "SOAA: `state_dict['state'][0]` must be one with `m`, `step`, `v`, got ['basis_age', 'left', 'left_basis', "
+        "'m', 'right', 'right_basis', 'step', 'v']",
     ),
     "moments that are integers": (
         moments_of(torch.int64), ValueError,

@@ -14,7 +14,7 @@ from lightning_models import FISHER, TRUST_REGION, manual_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_soaa import SOAA, FixedRadius, StepReport
+from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, StepReport
 from lightning_soaa.monitor import TrustRegionMonitor, find_optimizers, group_names
 
 pytestmark = [
@@ -486,3 +486,16 @@ def test_a_row_for_a_stop_after_the_monitor_has_seen_the_batch_repeats_the_row_b
     options = {"log_every_n_steps": 2, "default_root_dir": str(tmp_path)}
     trainer(tmp_path, Stop(3), **options).fit(counting_module(), batches(5))
     assert steps_and_rates(tmp_path) == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("fisher", [KroneckerFisher(refresh_every=3), DiagonalFisher()])
+def test_bases_have_a_share_and_an_age_in_all_rows_where_there_are_any(tmp_path, fisher):
+    module = Automatic(lambda module: SOAA(module.parameters(), lr=0.01, radius=FixedRadius(1.0), fisher=fisher))
+    trainer(tmp_path).fit(module, batches(5))
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("trust_region/radius")]
+    keys = {"fisher/rotated_fraction", "fisher/basis_age"}
+    assert rows[0].keys() & keys == (keys if fisher.rotates else set())
+    if fisher.rotates:
+        assert [float(row["fisher/rotated_fraction"]) for row in rows] == pytest.approx([16 / 21] * 5)
+        assert [float(row["fisher/basis_age"]) for row in rows] == [0, 1, 2, 2, 2]
