@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._dist import Shards
-from lightning_soaa._sums import on_host
+from lightning_soaa._sums import on_host, wide_dtype
 
 # Entries worked on at a time: on a CPU what a step forms of them, two float32 tensors and four on a check, fits a cache
 # (they take 1 and 2 MB); elsewhere a check, which forms five, takes 700 MB.
@@ -53,6 +53,9 @@ class Bucket:
         fused: whether a fused kernel may be used.
         whole: its tensors have not been divided, for a step that does so itself or is compiled.
         params: the parameters, as real tensors of any shape.
+        owners: which of the step's parameters each of them is, or is a part of.
+        portions: of each of the step's parameters; empty where all are 1.
+        last_portions: those of the last check, likewise.
         grads: their gradients in the state's dtype, of the same shapes.
         state: lists of tensors by key, each as long as `params`.
         last_bound: d of the last step.
@@ -75,6 +78,9 @@ class Bucket:
     fused: bool = False
     whole: bool = False
     params: list[Tensor] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    portions: Sequence[float] = ()
+    last_portions: Sequence[float] = ()
     grads: list[Tensor] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
     last_bound: float = 0.0
@@ -126,30 +132,46 @@ class Bucket:
         if not self.whole:
             yield self
         elif on_host(self.device):
-            for params, grad, *kept in self.rows(tuple(self.state)):
+            for owners, params, grad, *kept in self.rows(tuple(self.state)):
                 state = {name: [tensor] for name, tensor in zip(self.state, kept, strict=True)}
-                yield self.but(params=params, grads=[grad], state=state, whole=False)
+                yield self.but(owners=owners, params=params, grads=[grad], state=state, whole=False)
         else:
             yield from divide(self)
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """Yield parameters (a list), gradients and the named state, in parts of at most :func:`block_size` entries.
+        """Yield owners and parameters (lists), gradients and named state in parts of :func:`block_size` at most.
 
         Of small tensors that are worked on as one, all at once; else one tensor, flat, or a part of it. One that is not
         contiguous is yielded as it is.
         """
         kept = [self.state[name] for name in names]
         if self.flat:
-            yield self.params, self.grads[0], *(tensors[0] for tensors in kept)
+            yield self.owners, self.params, self.grads[0], *(tensors[0] for tensors in kept)
             return
         most = block_size(self.device)
-        for row in zip(self.params, self.grads, *kept, strict=True):
+        for owner, *row in zip(self.owners, self.params, self.grads, *kept, strict=True):
             for param, *others in pieces(row, most):
-                yield [param], *others
+                yield [owner], [param], *others
 
-    def spread(self, like_grads: list[Tensor]) -> list[Tensor]:
+    def shorten(self, tensors: Sequence[Tensor], owners: Sequence[int], *, last: bool = False) -> None:
+        """Multiply tensors of the given parameters by their portions, or the `last` ones (modified in place)."""
+        if portions := self.last_portions if last else self.portions:
+            for tensor, owner in zip(tensors, owners, strict=True):
+                if portions[owner] != 1:
+                    tensor.mul_(portions[owner])
+
+    def slopes(self, like_grads: Sequence[Tensor]) -> Tensor:
+        """Return the product of tensors like the gradients with these, for each parameter, in the wide dtype.
+
+        Shape (n,), n the number of `params`.
+        """
+        products = [a * b for a, b in zip(self.grads, like_grads, strict=True)]
+        parts = [part.sum() for part in self.spread(products)]
+        return torch.stack(parts).to(wide_dtype(self.device))
+
+    def spread(self, like_grads: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors like the gradients here as tensors like the parameters, which share their memory."""
-        return unflatten(like_grads[0], self.params) if self.flat else like_grads
+        return unflatten(like_grads[0], self.params) if self.flat else list(like_grads)
 
     def store(self) -> None:
         """Bring what has been done to copies of tensors of the state to the state itself."""
@@ -178,14 +200,16 @@ def divide(bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
     """
     host = on_host(bucket.device)
     most, small = block_size(bucket.device), SMALL if host or whole else -1
-    columns = [bucket.params, bucket.grads, *bucket.state.values()]
+    owned, columns = bucket.owners, [bucket.params, bucket.grads, *bucket.state.values()]
     if not whole:
-        rows = [piece for row in zip(*columns, strict=True) for piece in pieces(row, most)]
-        columns = [list(column) for column in zip(*rows, strict=True)]
+        rows = [list(pieces(row, most)) for row in zip(*columns, strict=True)]
+        owned = [owner for owner, parts in zip(owned, rows, strict=True) for _ in parts]
+        columns = [list(column) for column in zip(*(piece for parts in rows for piece in parts), strict=True)]
     blocks: list[Bucket] = []
     for places, packs in batched([tensor.numel() for tensor in columns[0]], most, small, whole=whole):
         params, grads, *kept = ([column[place] for place in places] for column in columns)
-        block = bucket.but(params=params, grads=grads, state=dict(zip(bucket.state, kept, strict=True)))
+        owners = [owned[place] for place in places]
+        block = bucket.but(owners=owners, params=params, grads=grads, state=dict(zip(bucket.state, kept, strict=True)))
         block.coordinates, block.whole = 0 if blocks else bucket.coordinates, whole and not packs
         blocks.append(block)
         if host and packs and len(params) > 1:

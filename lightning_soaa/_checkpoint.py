@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_soaa._checks import check_count, check_nonnegative, refuse
+from lightning_soaa._checks import check_count, check_nonnegative, check_positive, refuse
 from lightning_soaa._state import (
     COUNTERS,
     GATE,
     GRADIENT_RMS,
+    LAST_PORTION,
     LR_UNIT,
+    PORTION,
+    PORTIONS,
     RADIUS,
     RULE,
     RULE_NAME,
@@ -87,9 +90,10 @@ def check_loadable(
     if name != type(rule).__name__:
         refuse("SOAA", "state_dict", f"of radius rule {type(rule).__name__}", name)
     _check_head("state_dict['param_groups'][0]", head)
+    extra = PORTIONS if rule.fresh_slopes else {}
     for at, (theirs, mine) in enumerate(zip(saved, groups, strict=False)):
         for index, param in _pairs([theirs], [mine]):
-            _check_entry(index, incoming["state"], param, fisher.of(at))
+            _check_entry(index, incoming["state"], param, fisher.of(at), extra)
 
 
 def check_dict(name: str, value: object) -> None:
@@ -144,7 +148,9 @@ def _pairs(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any
         yield from zip(theirs["params"], mine["params"], strict=False)
 
 
-def _check_entry(index: Any, state: Mapping[Any, Any], param: Tensor, fisher: AbstractFisher) -> None:
+def _check_entry(
+    index: Any, state: Mapping[Any, Any], param: Tensor, fisher: AbstractFisher, extra: Mapping[str, float]
+) -> None:
     """Refuse the state of one parameter if it is not what a step of SOAA leaves there. No state at all is fine.
 
     Raises:
@@ -158,10 +164,15 @@ def _check_entry(index: Any, state: Mapping[Any, Any], param: Tensor, fisher: Ab
     if not entry:
         return
     wanted = fisher.init(torch.empty(as_real(param).shape, device="meta"), state_dtype(param.dtype))
-    names = {STEP, *wanted}
+    names = {STEP, *wanted, *extra}
     if names != entry.keys():
         refuse("SOAA", who, f"one with {', '.join(f'`{key}`' for key in sorted(names))}", sorted(entry))
     check_count("SOAA", f"{who}['{STEP}']", entry[STEP], 0)
+    for key in extra:
+        if isinstance(entry[key], bool) or not isinstance(entry[key], Real):
+            refuse("SOAA", f"{who}['{key}']", "a real number", entry[key], TypeError)
+        if key in (PORTION, LAST_PORTION):
+            check_positive("SOAA", f"{who}['{key}']", entry[key])
     for key, like in wanted.items():
         shape = tuple(getattr(entry[key], "shape", ()))
         if shape != tuple(like.shape) or not isinstance(entry[key], Tensor):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, Pace
 from lightning_soaa._checks import refuse
-from lightning_soaa.fisher import AbstractFisher, Unit
+from lightning_soaa.fisher import AbstractFisher, Slopes, Unit
 
 
 def check_fisher(fisher: object, *, compiled: bool) -> None:
@@ -99,9 +99,14 @@ class GroupFishers(AbstractFisher):
         unit: Unit = None,
         *,
         cautious: bool = False,
+        marked: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
-        return self.of(bucket.group).direction(bucket, scale, ok, radius, unit, cautious=cautious)
+        return self.of(bucket.group).direction(bucket, scale, ok, radius, unit, cautious=cautious, marked=marked)
+
+    def mark(self, bucket: Bucket) -> None:
+        """Keep which coordinates moved in a check."""
+        self.of(bucket.group).mark(bucket)
 
     def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
         """Do :meth:`update` and return :meth:`direction` without a scale."""
@@ -113,7 +118,7 @@ class GroupFishers(AbstractFisher):
 
     def stride(
         self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, list[Slopes]]:
         """Do :meth:`advance` and move the parameters, at one go."""
         return self.of(bucket.group).stride(bucket, ok, radius, unit, pace)
 

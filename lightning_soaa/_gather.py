@@ -9,9 +9,11 @@ from torch import Tensor
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._checks import refuse
 from lightning_soaa._dist import Shards, local, over_shards, shards_of
-from lightning_soaa._state import GROUP_RADIUS, STEP, as_real, state_dtype
+from lightning_soaa._portions import portions_of
+from lightning_soaa._state import GROUP_RADIUS, PORTIONS, STEP, as_real, state_dtype
 from lightning_soaa._sums import total, wide_dtype
 from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.radius import AbstractRadius
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
 
@@ -90,11 +92,15 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
     return torch.where((share > 0) & share.isfinite(), share, 1.0)
 
 
-def ensure_state(entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
+def ensure_state(
+    entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher, rule: AbstractRadius
+) -> None:
     """Give every parameter that has none its fresh state (`state` is modified in place)."""
+    extra = PORTIONS if rule.fresh_slopes else {}
     fresh = [(index, param) for index, param in entries if not state[param]]
     for index, param in fresh:
-        state[param].update({STEP: 0, **fisher.of(index).init(as_real(param), state_dtype(param.dtype))})
+        kept = fisher.of(index).init(as_real(param), state_dtype(param.dtype))
+        state[param].update({STEP: 0, **extra, **kept})
     if fresh:
         lay_out(entries, state, fisher)
 
@@ -115,7 +121,7 @@ def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:
 
 
 def gather(
-    entries: Iterable[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
+    entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> list[Bucket]:
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
 
@@ -123,7 +129,9 @@ def gather(
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     states: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for index, param in entries:
+    params = [param for _, param in entries]
+    portions, last = portions_of(params, state, last=False), portions_of(params, state, last=True)
+    for owner, (index, param) in enumerate(entries):
         grad = param.grad
         if grad is None:
             continue
@@ -135,6 +143,7 @@ def gather(
         bucket = buckets.get(key)
         if bucket is None:
             bucket, states[key] = _empty(index, group, param.device, kept[STEP], shards), []
+            bucket.portions, bucket.last_portions = portions, last
             buckets[key] = bucket
         real, wanted = param, state_dtype(dtype)
         if not plain or grad.dtype != wanted or grad.is_neg():
@@ -142,12 +151,13 @@ def gather(
             real = as_real(param if plain else local(param))
         if real.is_contiguous() and not grad.is_contiguous():
             grad = grad.contiguous()
+        bucket.owners.append(owner)
         bucket.params.append(real)
         bucket.coordinates += param.numel() * (2 if dtype.is_complex else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
         states[key].append(kept if plain else {name: local(value) for name, value in kept.items()})
     for key, bucket in buckets.items():
-        names = [name for name in states[key][0] if name != STEP]
+        names = [name for name in states[key][0] if isinstance(states[key][0][name], Tensor)]
         bucket.state = {name: [kept[name] for kept in states[key]] for name in names}
     return list(buckets.values())
 

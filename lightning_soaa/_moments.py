@@ -24,6 +24,9 @@ from lightning_soaa._sums import gated, wide_dtype
 # An eps that vanishes in float32, which moments are at least, leaves 0/0 where a gradient is zero.
 SMALLEST = torch.finfo(torch.float32).smallest_normal
 
+# The integers that the bits of moments are read as.
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
 # Zero where the second tensor is at or below a bound, the first tensor elsewhere. It has no branch; torch.where has one
 # an entry, which on a CPU takes ten times as long where signs are random.
 keep_above = torch.ops.aten.threshold_backward.grad_input
@@ -147,6 +150,23 @@ def drop_disagreement(directions: Sequence[Tensor], grads: Sequence[Tensor], *, 
     """
     for direction, grad in zip(directions, grads, strict=True):
         keep_above(direction, torch.mul(direction, grad, out=room), 0.0, grad_input=direction)
+
+
+def mark_moved(m: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Keep in the lowest bit of ``v`` which coordinates :func:`drop_disagreement` has let move (`v` modified in place).
+
+    The gradient that tells it is gone when the next one is held against the step, and a mask of its own would be held
+    between steps. It changes v by a rounding.
+    """
+    for first, second, grad in zip(m, v, grads, strict=True):
+        bits = second.view(BITS[second.dtype])
+        bits.bitwise_and_(-2).bitwise_or_(first * grad > 0)
+
+
+def drop_unmarked(directions: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """Set to zero the coordinates that :func:`mark_moved` has not marked as moved (`directions` modified in place)."""
+    for direction, second in zip(directions, v, strict=True):
+        direction.mul_(second.view(BITS[second.dtype]).bitwise_and(1))
 
 
 def advance_fused(

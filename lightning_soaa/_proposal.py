@@ -1,6 +1,6 @@
 """What gradients propose before a step is taken. Tensors only, no decision."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan, sqrt
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._bucket import Bucket
-from lightning_soaa._sums import allowed, dots, on_host, square_sum, total
-from lightning_soaa.fisher import AbstractFisher, Unit
+from lightning_soaa._dist import Shards, over_shards
+from lightning_soaa._sums import allowed, on_host, square_sum, total, wide_dtype
+from lightning_soaa.fisher import AbstractFisher, Slopes, Unit
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
 # eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.
@@ -48,8 +49,9 @@ class Proposal:
         scale: c of step 3, 0-d; None where the Fisher does not limit the step.
         unit: root mean square of the gradients, by the second moments, a number or 0-d: that of the last check, or of
             this step if it is a check. None where the Fisher limits the step.
-        fresh: slope along the last step that the gradient found, over the slope that step started from, 0-d; nan where
-            not `ok`; None if it was not asked for.
+        left_over: slope that the gradient found along the last step, for each parameter, shape (n,), or numbers where
+            the host need not wait; nan where not `ok`; None if it was not asked for.
+        slopes: what the step promises, for each parameter, shape (n,); None where that was not asked for.
         left: share of the gradients that clipping left, 0-d; None for all.
         absorbed: the moments hold the gradients already.
         compiled: the compiled step is asked for.
@@ -65,7 +67,8 @@ class Proposal:
     gate: Gate | None
     scale: Tensor | None
     unit: Unit
-    fresh: Tensor | None = None
+    left_over: Tensor | list[float] | None = None
+    slopes: Tensor | None = None
     left: Tensor | None = None
     absorbed: bool = False
     compiled: bool = False
@@ -77,9 +80,14 @@ class Proposal:
         """Return the device on which sums over buckets are formed."""
         return self.buckets[0].device
 
+    @property
+    def count(self) -> int:
+        """Return the number of parameters that have a gradient."""
+        return sum(len(bucket.owners) for bucket in self.buckets)
+
     def release(self) -> None:
         """Drop the gradients, so that a kept proposal holds no memory of its own."""
-        self.blocks = []
+        self.blocks, self.slopes = [], None
         for bucket in self.buckets:
             bucket.grads = []
 
@@ -90,8 +98,9 @@ def propose(
     fisher: AbstractFisher,
     *,
     gate: Gate | None,
-    slope: float,
+    slope: bool,
     fisher_limits: bool,
+    cautious: bool,
     unit: float | None = None,
     check: bool = False,
     left: Tensor | None = None,
@@ -107,8 +116,9 @@ def propose(
         base: the loss, or None.
         fisher: the Fisher estimate.
         gate: what the outlier gate knows, None for no gate.
-        slope: predicted reduction of the last step if the gradient is to be held against it, else 0.
+        slope: the gradient is to be held against the last step, which was a check.
         fisher_limits: whether the Fisher limits the step, or only the radius does.
+        cautious: coordinates on which the last step did not descend were left out.
         unit: root mean square of the gradients at the last check, None if it is not known.
         check: find it anew.
         left: share of the gradients that clipping left, 0-d; None for all.
@@ -118,12 +128,12 @@ def propose(
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
-    fresh = None
+    proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, left=left)
     if slope:
-        promised, allows = slope if left is None else slope * left, allowed(ok, square.device)
-        fresh = fresh_slope(blocks, fisher, unit or SMALLEST_UNIT).to(square.device) / promised
-        fresh = fresh if allows is None else torch.where(allows, fresh, nan)
-    proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, fresh, left)
+        found = fresh_slopes(proposal, fisher, unit or SMALLEST_UNIT, masked=cautious)
+        found, allows = found if left is None else found / left, allowed(ok, square.device)
+        found = found if allows is None else torch.where(allows, found, nan)
+        proposal.left_over = found.tolist() if on_host(found.device) else found
     proposal.compiled = compiled and not check and not slope
     if not fisher_limits:
         proposal.unit = gradient_rms(blocks, squares, ok, fisher) if check or unit is None else unit
@@ -141,6 +151,14 @@ def absorb(proposal: Proposal, fisher: AbstractFisher) -> None:
                 fisher.update(part, allowed(proposal.ok, block.device))
             block.store()
     proposal.absorbed = True
+
+
+def mark(proposal: Proposal, fisher: AbstractFisher) -> None:
+    """Have the Fisher keep which coordinates moved in a check; the moments have absorbed the gradients."""
+    for block in proposal.blocks:
+        for part in block.parts():
+            fisher.mark(part)
+        block.store()
 
 
 def turn(proposal: Proposal, fisher: AbstractFisher) -> None:
@@ -173,19 +191,42 @@ def admit_on_host(square: Tensor, base: Tensor | None, gate: Gate | None) -> tup
     return ok and not outlier, outlier, gate
 
 
-def fresh_slope(blocks: Iterable[Bucket], fisher: AbstractFisher, unit: float) -> Tensor:
-    """Return ``-(g . s)`` of gradients not yet absorbed and the last step s, 0-d.
+def fresh_slopes(proposal: Proposal, fisher: AbstractFisher, unit: float, *, masked: bool) -> Tensor:
+    """Return ``-(g . s)`` of gradients not yet absorbed and the step s of the last check, for each parameter.
 
-    The step is made anew from the moments, which have not moved since; as far as it was masked, that is not repeated.
+    The step is made anew from the moments, which have not moved since; nan for parameters that it did not move.
+
+    Args:
+        proposal: its blocks.
+        fisher: knows the directions.
+        unit: what eps was a multiple of.
+        masked: coordinates were left out, which :meth:`AbstractFisher.mark` has kept.
     """
-    old = [part.but(step=part.step - 1) for block in blocks if block.step > 1 for part in block.parts()]
-    if not old:
-        return torch.tensor(nan)
-    parts = []
-    for part in old:
-        directions = fisher.direction(part, None, None, part.last_bound, unit)
-        parts.append(dots(part.grads, directions))
-    return total(parts, [part.shards for part in old])
+    found: list[tuple[Shards, Slopes]] = []
+    for block in proposal.blocks:
+        for part in block.parts() if block.step > 1 else ():
+            old = part.but(step=part.step - 1)
+            directions = fisher.direction(old, None, None, part.last_bound, unit, marked=masked)
+            part.shorten(part.spread(directions), part.owners, last=True)
+            found.append((block.shards, (part.owners, part.slopes(directions))))
+    return by_owner(found, proposal.count, proposal.home)
+
+
+def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.device) -> Tensor:
+    """Return figures of the parts of parameters summed for each parameter, over all shards, shape (count,).
+
+    Args:
+        found: over which processes the parts are spread, which parameters they belong to, and their figures.
+        count: the number of parameters.
+        home: the device of the result.
+    """
+    sums = torch.zeros(count, dtype=wide_dtype(home), device=home)
+    for kind in dict.fromkeys(shards for shards, _ in found):
+        here = [slopes for shards, slopes in found if shards == kind]
+        places = torch.tensor([owner for owners, _ in here for owner in owners], device=home)
+        values = torch.cat([figures.to(home) for _, figures in here])
+        sums += over_shards(torch.zeros_like(sums).index_add_(0, places, values), kind)
+    return sums
 
 
 def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:

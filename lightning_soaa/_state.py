@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -14,6 +14,20 @@ from lightning_soaa.radius import AbstractRadius, Numbers
 
 # Per parameter, always saved, beside the tensors of the Fisher. A plain int: gradients absorbed so far.
 STEP = "step"
+
+# Per parameter under a rule with portions, always saved, plain floats: what the parameter's steps are multiplied by,
+# and were in the last check; what its part of the last accepted check promised, and what the next gradient found of
+# that, -inf before; averages of both.
+PORTION, LAST_PORTION, PROMISED, LEFT_OVER = "portion", "last_portion", "promised", "left_over"
+PROMISED_MEAN, LEFT_OVER_MEAN = "promised_mean", "left_over_mean"
+PORTIONS: Mapping[str, float] = {
+    PORTION: 1.0,
+    LAST_PORTION: 1.0,
+    PROMISED: 0.0,
+    LEFT_OVER: -inf,
+    PROMISED_MEAN: 0.0,
+    LEFT_OVER_MEAN: 0.0,
+}
 
 # Every group, options.
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "foreach", "fused", "maximize")

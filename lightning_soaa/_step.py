@@ -11,10 +11,11 @@ from lightning_soaa import _state as keys
 from lightning_soaa._checks import refuse
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
-from lightning_soaa._proposal import Proposal, absorb, propose, turn
+from lightning_soaa._portions import keep_portions
+from lightning_soaa._proposal import Proposal, absorb, mark, propose, turn
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
-from lightning_soaa._unread import Unread, settle
+from lightning_soaa._unread import Unread, fresh_slope
 from lightning_soaa._walk import step_sizes, walk
 from lightning_soaa.fisher import AbstractFisher
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
@@ -87,20 +88,24 @@ class Stepper:
             ValueError: the rule needs a loss and there is none.
         """
         head, rule, trials, numbers = self.groups[0], self.rule, 0, keys.numbers_of(self.groups[0])
+        params = [param for _, param in entries]
         if base is None and (check or rule.needs_loss):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
             base, trials = scalar_loss("loss_closure", loss_closure()), 1
         if check and base is not None and loss_closure is not None:
             proposal, numbers, known = self.checked(entries, base, loss_closure, numbers)
-            heard, now = known.pop("heard"), unread()
+            heard, slopes, now = known.pop("heard"), known.pop("slopes", ()), unread()
             if now is not self.unread:  # by saving or reading a report
                 heard[:2] = (0, 0)
-            settle(head, heard)
+            self.unread.beside(proposal, params).settle(head, self.state, heard)
             after = Unread(gate=now.gate if proposal.gate is None else proposal.gate)
+            if known["checked"]:
+                moved = known["accepted"]
+                keep_portions(params if moved else (), self.state, slopes if moved else (), moves=rule.portions)
         else:
             proposal, numbers, known = self.plain(entries, base, numbers)
-            after = unread() if "skipped" in known else self.unread.after(proposal)
+            after = unread() if "skipped" in known else self.unread.after(proposal, params)
         known["trials"] += trials
         proposal.release()
         head[keys.LR_UNIT] = keys.lr_unit(self.groups)
@@ -113,7 +118,7 @@ class Stepper:
 
     def _propose(self, entries: list[Entry], base: Tensor | None, *, check: bool) -> Proposal:
         """Return what can be proposed; the moments may have absorbed the gradients, if nothing is wrong with them."""
-        ensure_state(entries, self.state, self.fisher)
+        ensure_state(entries, self.state, self.fisher, self.rule)
         head, home = self.groups[0], entries[0][1].device
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
@@ -124,8 +129,9 @@ class Stepper:
             base,
             self.fisher,
             gate=gate,
-            slope=head[keys.CHECKED_SLOPE],
+            slope=head[keys.CHECKED_SLOPE] > 0,
             fisher_limits=self.rule.fisher_limits,
+            cautious=self.rule.cautious,
             unit=head[keys.GRADIENT_RMS],
             check=check,
             left=left,
@@ -165,9 +171,10 @@ class Stepper:
     def checked(self, entries: list[Entry], base: Tensor, loss_closure: LossClosure, numbers: Numbers) -> Outcome:
         """Take a step whose trial loss is evaluated; an exception before it is decided undoes all of it."""
         snapshot = Snapshot([param for _, param in entries], self.state, moments=self.rule.fisher_limits)
-        head = self.groups[0]
+        head, params = self.groups[0], [param for _, param in entries]
         try:
             proposal = self._propose(entries, base, check=True)
+            unread = self.unread.beside(proposal, params)
             numbers, known = search(
                 proposal,
                 snapshot,
@@ -178,13 +185,13 @@ class Stepper:
                 evidence=Evidence(
                     base=0.0,
                     predicted=0.0,
-                    fresh=head[keys.FRESH_SLOPE],
                     schedule=keys.schedule(self.groups),
                     resolution=resolution([param for _, param in entries]),
                 ),
                 rounding=rounding(base, [param for _, param in entries]),
                 gap=head[keys.REPEAT_GAP],
-                pending=self.unread.beside(proposal).figures(),
+                pending=unread.figures(),
+                fresh=lambda heard: fresh_slope(unread.found(heard), self.state, head[keys.FRESH_SLOPE]),
             )
         except BaseException:
             snapshot.restore()
@@ -193,5 +200,7 @@ class Stepper:
             snapshot.restore()
         else:
             absorb(proposal, self.fisher)
+            if known["accepted"] and self.rule.fresh_slopes and self.rule.cautious:
+                mark(proposal, self.fisher)
             turn(proposal, self.fisher)
         return proposal, numbers, known

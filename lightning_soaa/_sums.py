@@ -74,13 +74,17 @@ def near(value: Tensor | float | None, device: torch.device) -> Tensor | float |
 
 
 def read(values: Sequence[Tensor | float | None], device: torch.device) -> list[float]:
-    """Bring numbers and 0-d tensors to the host, None as 0, from an accelerator packed into one.
+    """Bring numbers and small tensors to the host, None as 0, one after the other; from an accelerator packed into one.
 
     The only place where a step waits for its device.
     """
     if on_host(device):
-        return [0.0 if value is None else float(value) for value in values]
-    wide = wide_dtype(device)
-    zero = torch.zeros((), dtype=wide, device=device)
-    packed = torch.stack([zero if value is None else torch.as_tensor(value).to(device, wide) for value in values])
-    return [float(value) for value in packed.tolist()]
+        found: list[float] = []
+        for value in values:
+            if isinstance(value, Tensor) and value.ndim:
+                found += value.tolist()
+            else:
+                found.append(0.0 if value is None else float(value))
+        return found
+    tensors = [torch.as_tensor(0.0 if value is None else value).to(device, wide_dtype(device)) for value in values]
+    return [float(value) for value in torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist()]

@@ -64,6 +64,7 @@ def search(
     rounding: float,
     gap: float | None,
     pending: Sequence[Tensor | float | None],
+    fresh: Callable[[Sequence[float]], float | None],
 ) -> tuple[Numbers, Known]:
     """Try radii until `rule` keeps a point or gives up; the parameters are left at the kept or the first point.
 
@@ -80,7 +81,8 @@ def search(
         rounding: rounding error of the base loss, relative to it.
         gap: what `trial_loss` differs from the base loss by where nothing has moved; None if it is to be measured.
             That is one more trial, unless the radius is 0 and the first trial does it.
-        pending: 0-d tensors to be read along with the trial; the third is a fresh slope of the last accepted check.
+        pending: numbers and small tensors to be read along with the trial.
+        fresh: takes what was read of `pending` and returns the fresh slope of the last accepted check.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
@@ -92,10 +94,14 @@ def search(
         attempt += 1
         radius = numbers[RADIUS]
         predicted = walk(proposal, radius, decay=False, keeps=False, reduction=linear_reduction)
-        predicted = predicted if proposal.left is None else predicted / proposal.left
+        slopes = proposal.slopes
+        if proposal.left is not None and slopes is not None:
+            predicted, slopes = predicted / proposal.left, slopes / proposal.left
         at = trial_loss()
         values = [proposal.base, at, predicted, mean_square, repeat, proposal.unit, proposal.ok, proposal.outlier]
-        base, trial, promised, square, repeated, unit, ok, outlier, *heard = read([*values, *pending], home)
+        values += [*pending, slopes]
+        base, trial, promised, square, repeated, unit, ok, outlier, *heard = read(values, home)
+        heard, each = heard[: -proposal.count], heard[-proposal.count :]
         known: Known = {"checked": bool(ok), "skipped": not ok, "outlier": bool(outlier), "accepted": False}
         known |= {"trials": attempt + apart, "heard": heard}
         if not ok:
@@ -109,12 +115,12 @@ def search(
             predicted=promised,
             attempt=attempt,
             noise=rounding * abs(base) + finite_or(abs(gap), 0.0),
-            fresh=finite_or(heard[2], evidence.fresh),
+            fresh=fresh(heard),
             parameter_rms=square**0.5,
         )
         decision = judge(rule, numbers, seen)
         numbers, reductions = decision.numbers, (promised, finite_or(base - trial, -inf))
-        known |= {"accepted": decision.accepted, "reductions": reductions, "repeat_gap": gap}
+        known |= {"accepted": decision.accepted, "reductions": reductions, "repeat_gap": gap, "slopes": each}
         if not decision.accepted:
             snapshot.restore_params()
         elif any(size.decay for size in proposal.sizes):

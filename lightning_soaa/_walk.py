@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, Pace
+from lightning_soaa._dist import Shards
 from lightning_soaa._moments import move as move_along
-from lightning_soaa._proposal import Proposal, StepSize
-from lightning_soaa._sums import allowed, dots, gated, near, square_sum, stacked, total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa._proposal import Proposal, StepSize, by_owner
+from lightning_soaa._sums import allowed, gated, near, square_sum, stacked, total, wide_dtype
+from lightning_soaa.fisher import AbstractFisher, Slopes
 
-# Takes a Fisher, a bucket and its directions, returns what they promise, 0-d.
+# Takes a Fisher, a bucket and its directions, returns what they promise: 0-d, or for each parameter, shape (n,).
 Reduction = Callable[[AbstractFisher, Bucket, Sequence[Tensor]], Tensor]
 
 
@@ -62,7 +63,8 @@ def walk(
     Returns:
         The predicted reduction, 0-d, if `reduction` is given.
     """
-    proposal.sizes, squares, promised, shards = sizes, [], [], []
+    proposal.sizes, squares, shards = sizes, [], []
+    slopes: list[tuple[Shards, Slopes]] = []
     at_once = moves and not proposal.absorbed and reduction in (None, linear_reduction)
     for block in proposal.blocks:
         size = sizes[block.group]
@@ -70,17 +72,20 @@ def walk(
         pace = Pace(size.lr, size.decay if decay else 0.0, cautious, keeps, reduction is not None, compiled)
         if at_once and fisher.strides(block, proposal.unit, pace):
             ok = allowed(proposal.ok, block.device)
-            square, promise = fisher.stride(block, ok, size.radius, proposal.unit, pace)
+            square, found = fisher.stride(block, ok, size.radius, proposal.unit, pace)
         else:
-            square, promise = in_parts(block, proposal, size, fisher, pace, moves=moves, reduction=reduction)
+            square, found = in_parts(block, proposal, size, fisher, pace, moves=moves, reduction=reduction)
         if keeps and not proposal.absorbed:
             block.store()
         squares.append(square)
-        promised += [] if promise is None else [promise]
+        slopes += [(block.shards, each) for each in found]
         shards.append(block.shards)
     proposal.absorbed = proposal.absorbed or keeps
     proposal.square = total(squares, shards)
-    return None if reduction is None else total(promised, shards)
+    if reduction is linear_reduction:
+        proposal.slopes = by_owner(slopes, proposal.count, proposal.home)
+        return proposal.slopes.sum()
+    return None if reduction is None else total([each for _, (_, each) in slopes], [kind for kind, _ in slopes])
 
 
 def in_parts(
@@ -92,24 +97,26 @@ def in_parts(
     *,
     moves: bool,
     reduction: Reduction | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, list[Slopes]]:
     """Walk a block part by part, one thing after the other; return the squared norm and what is promised, if asked."""
     ok, unit = allowed(proposal.ok, block.device), near(proposal.unit, block.device)
     scale = None if proposal.scale is None else proposal.scale.to(block.device)
-    squares, promised = [], []
+    squares, promised = [], list[Slopes]()
     for part in block.parts():
         worked = part if pace.keeps or proposal.absorbed else part.tentative()
         if proposal.absorbed:
             directions = fisher.direction(part, scale, ok, size.radius, unit, cautious=pace.cautious)
         else:
             directions = fisher.advance(worked, ok, size.radius, unit, cautious=pace.cautious)
+        spread = part.spread(directions)
+        part.shorten(spread, part.owners)
         squares.append(square_sum(directions, foreach=block.foreach) * pace.lr**2)
         if reduction is not None:
-            promised.append(reduction(fisher, worked, directions) * pace.lr)
+            promised.append((part.owners, reduction(fisher, worked, directions) * pace.lr))
         if moves:
-            move(part, part.spread(directions), pace, ok)
-        del directions, worked  # before the next are formed
-    return stacked(squares).sum(), stacked(promised).sum() if promised else None
+            move(part, spread, pace, ok)
+        del directions, spread, worked  # before the next are formed
+    return stacked(squares).sum(), promised
 
 
 def move(bucket: Bucket, directions: list[Tensor], pace: Pace, ok: Tensor | None) -> None:
@@ -128,8 +135,8 @@ def move(bucket: Bucket, directions: list[Tensor], pace: Pace, ok: Tensor | None
 
 
 def linear_reduction(_: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
-    """Return ``g . u`` over a bucket, for the gradients that were absorbed, 0-d."""
-    return dots(bucket.grads, directions)
+    """Return ``g . u`` for each parameter of a bucket, for the gradients that were absorbed, shape (n,)."""
+    return bucket.slopes(directions)
 
 
 def published_reduction(fisher: AbstractFisher, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ The functions are in :mod:`lightning_soaa._moments`, with the formulas.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
@@ -19,6 +20,8 @@ from lightning_soaa._moments import (
     box_direction_foreach,
     compiled_stride,
     drop_disagreement,
+    drop_unmarked,
+    mark_moved,
     move,
     stride_numbers,
     update_moments,
@@ -30,6 +33,8 @@ MOMENT = "m"
 SQUARE = "v"
 
 Unit: TypeAlias = Tensor | float | None
+# Which parameters of the step, and something of each, shape (n,).
+Slopes: TypeAlias = tuple[list[int], Tensor]
 
 
 def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit) -> list[Tensor]:
@@ -114,6 +119,7 @@ class AbstractFisher(ABC):
         unit: Unit = None,
         *,
         cautious: bool = False,
+        marked: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`.
 
@@ -124,7 +130,18 @@ class AbstractFisher(ABC):
             radius: d.
             unit: what eps is a multiple of, a number or 0-d; None for 1.
             cautious: coordinates on which u does not descend along the bucket's gradients are zero.
+            marked: those that :meth:`mark` has not marked are zero.
         """
+
+    def mark(self, bucket: Bucket) -> None:
+        """Keep which coordinates moved in a check, for what :meth:`direction` calls `marked`.
+
+        The moments have absorbed the gradients, and are modified in place.
+
+        Raises:
+            NotImplementedError: it cannot; rules with fresh slopes ask for it.
+        """
+        raise NotImplementedError
 
     def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
         """Do :meth:`update` and return :meth:`direction` without a scale."""
@@ -137,11 +154,11 @@ class AbstractFisher(ABC):
 
     def stride(
         self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, list[Slopes]]:
         """Do :meth:`advance` and move the parameters, at one go (parameters and state are modified in place).
 
         Returns:
-            The squared norm of the step, 0-d, and ``lr g . u``, 0-d, or None if it is not asked for.
+            The squared norm of the step, 0-d, and ``lr g . u`` for each parameter, if it is asked for.
 
         Raises:
             NotImplementedError: it has no such form, see :meth:`strides`.
@@ -210,12 +227,19 @@ class DiagonalFisher(AbstractFisher):
         unit: Unit = None,
         *,
         cautious: bool = False,
+        marked: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
         directions = box(bucket, scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, bucket.grads)
+        if marked:
+            drop_unmarked(directions, bucket.state[SQUARE])
         return directions
+
+    def mark(self, bucket: Bucket) -> None:
+        """Keep which coordinates moved in a check, in the lowest bit of the second moment (modified in place)."""
+        mark_moved(bucket.state[MOMENT], bucket.state[SQUARE], bucket.grads)
 
     def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
         """Do :meth:`update` and return :meth:`direction` without a scale, by the fused kernel where there is one."""
@@ -250,43 +274,61 @@ class DiagonalFisher(AbstractFisher):
 
     def stride(
         self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, list[Slopes]]:
         """Do :meth:`advance` and move the parameters, by the fused kernel in parts that fit a cache, or compiled."""
         numbers = {"radius": radius, "beta1": bucket.beta1, "beta2": bucket.beta2}
         numbers["eps"] = cast("float", unit) * bucket.eps
         if pace.compiled:
-            return self._stride_compiled(bucket, ok, pace, numbers), None
+            return self._stride_compiled(bucket, ok, pace, numbers), []
         wide, m = wide_dtype(bucket.device), bucket.state[MOMENT]
         if ok is not None:  # the host knows: it is false
-            return torch.zeros((), dtype=wide), torch.zeros((), dtype=wide) if pace.promises else None
+            nothing = [(bucket.owners, torch.zeros(len(bucket.owners), dtype=wide))] if pace.promises else []
+            return torch.zeros((), dtype=wide), nothing
         keep = torch.tensor(1 - pace.decay, dtype=wide) if pace.decay else None
         longest = min(block_size(bucket.device), max(first.numel() for first in m))
         room = torch.empty((2 if pace.keeps else 4, longest), dtype=m[0].dtype).unbind()
-        age, norms, slopes = torch.tensor(float(bucket.step), dtype=torch.float32), [], []
-        for params, grad, first, second in bucket.rows((MOMENT, SQUARE)):
+        age, norms, slopes = torch.tensor(float(bucket.step), dtype=torch.float32), [], list[Slopes]()
+        for owners, params, grad, first, second in bucket.rows((MOMENT, SQUARE)):
             u, product, *copies = room if grad.numel() == longest else [tensor[: grad.numel()] for tensor in room]
             if not pace.keeps:
                 first, second = copies[0].copy_(first), copies[1].copy_(second)
             advance_fused([grad], [first], [second], None, step=bucket.step, **numbers, room=[u], age=age)
             if pace.cautious:
                 drop_disagreement([u], [grad], room=product)
+            spread = unflatten(u, params) if bucket.flat else [u]
+            bucket.shorten(spread, owners)
             norms.append(torch.linalg.vector_norm(u))
             if pace.promises:
-                slopes.append(torch.mul(u, grad, out=product).sum())
-            move(params, unflatten(u, params) if bucket.flat else [u], lr=pace.lr, keep=keep, foreach=True)
+                products = torch.mul(u, grad, out=product)
+                parts = [part.sum() for part in (unflatten(products, params) if bucket.flat else [products])]
+                slopes.append((owners, torch.stack(parts).to(wide) * pace.lr))
+            move(params, spread, lr=pace.lr, keep=keep, foreach=True)
         scale = stacked(norms).to(wide) * pace.lr
-        return (scale * scale).sum(), stacked(slopes).to(wide).sum() * pace.lr if pace.promises else None
+        return (scale * scale).sum(), slopes
 
     @staticmethod
     def _stride_compiled(bucket: Bucket, ok: Tensor | None, pace: Pace, numbers: dict[str, float]) -> Tensor:
         """Return the squared norm of the step of :meth:`stride`, compiled."""
         device = bucket.device
-        packed = stride_numbers(lr=pace.lr, decay=pace.decay, step=bucket.step, device=device, **numbers)
+        packed = partial(
+            stride_numbers,
+            lr=pace.lr,
+            decay=pace.decay,
+            step=bucket.step,
+            beta1=bucket.beta1,
+            beta2=bucket.beta2,
+            eps=numbers["eps"],
+            device=device,
+        )
+        whole = packed(radius=numbers["radius"])
         allows = torch.ones((), dtype=torch.bool, device=device) if ok is None else ok
         form, parts = compiled_stride(), []
-        for row in zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True):
+        rows = zip(bucket.params, bucket.grads, bucket.state[MOMENT], bucket.state[SQUARE], strict=True)
+        for owner, row in zip(bucket.owners, rows, strict=True):
+            portion = bucket.portions[owner] if bucket.portions else 1.0
+            mine = whole if portion == 1 else packed(radius=numbers["radius"] * portion)
             # a view of something would be compiled anew for each shape of that
-            parts.append(form(*(x.view(-1).data for x in row), allows, packed, cautious=pace.cautious))
+            parts.append(form(*(x.view(-1).data for x in row), allows, mine, cautious=pace.cautious))
             increment_version(row[0])
         return stacked(parts).to(wide_dtype(device)).sum()
 

@@ -36,7 +36,7 @@ from lightning_soaa._bases import (
 from lightning_soaa._bucket import Bucket, block_size, divide, flatten, stacked_view
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
-from lightning_soaa._moments import drop_disagreement
+from lightning_soaa._moments import drop_disagreement, drop_unmarked
 from lightning_soaa._sums import dots, gated
 from lightning_soaa.fisher import MOMENT, SQUARE, AbstractFisher, DiagonalFisher, Unit, box
 
@@ -177,7 +177,8 @@ class KroneckerFisher(AbstractFisher):
         others = list[Bucket]()
         if rest:
             params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
-            others = divide(replace(bucket, params=params, grads=grads, state=state))
+            owners = [bucket.owners[row] for row in rest]
+            others = divide(bucket.but(owners=owners, params=params, grads=grads, state=state))
         for block in (*blocks, *others):
             block.coordinates = 0
         for first in (*blocks, *others)[:1]:
@@ -278,12 +279,20 @@ class KroneckerFisher(AbstractFisher):
         unit: Unit = None,
         *,
         cautious: bool = False,
+        marked: bool = False,
     ) -> list[Tensor]:
         """Return u of step 5 for each parameter of the bucket, zero where not `ok`; found in the bases, turned back."""
         directions = box(bucket, scale, ok, radius, unit)
         if cautious:
             drop_disagreement(directions, self._inside(bucket).grads)
+        if marked:
+            drop_unmarked(directions, bucket.state[SQUARE])
         return self._back(bucket, directions, radius)
+
+    @without_autocast
+    def mark(self, bucket: Bucket) -> None:
+        """Keep which coordinates, in the bases, moved in a check, in the lowest bit of the second moment."""
+        DIAGONAL.mark(self._inside(bucket))
 
     def _back(self, bucket: Bucket, directions: list[Tensor], radius: float) -> list[Tensor]:
         """Return directions in the parameters' own coordinates, bounded in the bases; none before the second step."""
@@ -322,6 +331,7 @@ def _stack(bucket: Bucket, rows: Sequence[int]) -> Bucket:
     frame = {key: torch.stack(kept[key]) if view is None else view for key, view in views.items()}
     flat = grads[0].reshape(-1) if len(grads) == 1 else flatten(grads)
     state = {key: [frame.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
-    part = replace(bucket, params=params, grads=[flat], state=state, frame=frame, packed=packed)
+    owners = [bucket.owners[row] for row in rows]
+    part = bucket.but(owners=owners, params=params, grads=[flat], state=state, frame=frame, packed=packed)
     part.flat, part.rotated = True, []
     return part

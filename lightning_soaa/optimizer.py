@@ -17,7 +17,7 @@ from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper, check_rules
 from lightning_soaa._sums import read
-from lightning_soaa._unread import Unread, settle
+from lightning_soaa._unread import Unread
 from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
@@ -248,7 +248,7 @@ class SOAA(Optimizer):
             base = base if returned is None else scalar_loss("closure", returned)
         if blind:
             every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-            ensure_state(every, self.state, self._fisher)
+            ensure_state(every, self.state, self._fisher, self.radius_rule)
         elif entries := find_gradients(self.param_groups):
             self._take(entries, base, loss_closure)
         return returned
@@ -263,8 +263,8 @@ class SOAA(Optimizer):
         self._pending, self._report = (proposal, known), None
 
     def _settle(self, heard: Sequence[float] | None = None) -> None:
-        """Enter what the host had not heard of into the first group; `heard` if it has just been read."""
-        settle(self.param_groups[0], self._unread.read() if heard is None else heard)
+        """Enter what the host had not heard of into first group and state; `heard` if it has just been read."""
+        self._unread.settle(self.param_groups[0], self.state, self._unread.read() if heard is None else heard)
         self._unread = Unread(gate=self._unread.gate)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

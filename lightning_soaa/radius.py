@@ -78,6 +78,8 @@ class AbstractRadius(ABC):
         fisher_limits: the Fisher limits the step (step 4). Otherwise only the radius does, and eps is relative to the
             root mean square gradient, so that a step does not depend on the unit of the loss.
         fresh_slopes: the gradient that follows an accepted check is held against that check's step.
+        portions: what it finds for each parameter moves portions of their own, see :mod:`lightning_soaa.portions`;
+            needs fresh slopes.
         gated: gradients far outside their recent distribution are left out.
         betas: decays of the two moments where the user names none.
     """
@@ -88,6 +90,7 @@ class AbstractRadius(ABC):
     cautious: ClassVar[bool] = False
     fisher_limits: ClassVar[bool] = True
     fresh_slopes: ClassVar[bool] = False
+    portions: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 

@@ -67,6 +67,7 @@ class RatioRadius(AbstractRadius):
     cautious: ClassVar[bool] = True
     fisher_limits: ClassVar[bool] = False
     fresh_slopes: ClassVar[bool] = True
+    portions: ClassVar[bool] = True
     gated: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 

@@ -16,7 +16,8 @@ class ReferenceSOAA:
         self.initial_lrs = [group["lr"] for group in groups]
         self.phase, self.unchecked, self.steady, self.scale = 1, 0, 0, 0.0
         self.eaten, self.fresh = [0.0, 0.0], [0.0, 0.0]  # weighted sum, sum of weights
-        self.checked, self.slope = None, None  # (step without its mask, promised), and what the next gradient found
+        self.checked, self.slope = None, None  # (step, gradient of it), and what the next gradient found of the slope
+        self.found = None  # (promised, left) of each parameter since the last check
         self.gate = Gate()
         if rule == "ratio":
             self.d = 0.0
@@ -24,6 +25,8 @@ class ReferenceSOAA:
             group["m"] = [np.zeros_like(x) for x in group["x"]]
             group["v"] = [np.zeros_like(x) for x in group["x"]]
             group["t"] = [0 for _ in group["x"]]
+            group["portion"] = [1.0 for _ in group["x"]]
+            group["means"] = [(0.0, 0.0) for _ in group["x"]]  # of what was promised, and what was left of it
         self.skipped, self.outliers, self.trials, self.gap, self.noise = 0, 0, 0, None, 0.0
         self.unit = None  # root mean square of the gradients at the last check
 
@@ -75,8 +78,12 @@ class ReferenceSOAA:
             self.outliers += 1
             return
         if self.checked is not None:
-            s, promised = self.checked
-            self.slope = -sum(np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=True)) / promised
+            s, before = self.checked
+            promised = [-np.sum(g * b) for g, b in zip(before, s, strict=True)]
+            left = [-np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=True)]
+            there = [p > 0 for p in promised]
+            self.slope = sum(np.array(left)[there]) / sum(np.array(promised)[there])
+            self.found = (promised, left)
         self.checked = None
         for (group, i), g in zip(self.everything(), [g for gs in grads for g in gs], strict=True):
             b1, b2 = group["betas"]
@@ -123,6 +130,7 @@ class ReferenceSOAA:
     def ratio(self, grads, loss, loss_at, c):
         """The learning rate is folded into the radius; a check compares the loss at start + s with -(g . s)."""
         places, grads = list(self.everything()), [g for gs in grads for g in gs]
+        portions = [group["portion"][i] for group, i in places]
         start = [group["x"][i] for group, i in places]
         due = self.check_due()
         self.unchecked = 0 if due else self.unchecked + 1
@@ -137,6 +145,7 @@ class ReferenceSOAA:
         for attempt in range(1, 1 + (self.options["max_trials"] if due else 1)):
             alphas = [self.d * (group["lr"] / self.lr_unit) for group, _ in places]
             u = [self.box_direction(group, i, alpha) for (group, i), alpha in zip(places, alphas, strict=True)]
+            u = [a * portion for a, portion in zip(u, portions, strict=True)]
             s = [-np.where(a * g > 0, a, 0.0) for a, g in zip(u, grads, strict=True)]
             if due:
                 self.trials += 1
@@ -148,12 +157,33 @@ class ReferenceSOAA:
                     if again and attempt < self.options["max_trials"]:
                         continue
                     self.slope = None
+                    self.move_portions()
                     return
                 self.slope = None
-                self.checked = ([-a for a in u], promised) if promised > 0 else None
+                self.move_portions()
+                self.checked = (s, grads) if promised > 0 else None
             decays = [min(1.0, alpha * group["weight_decay"]) for (group, _), alpha in zip(places, alphas, strict=True)]
             self.put([a - decay * a + b for a, b, decay in zip(start, s, decays, strict=True)])
             return
+
+    def move_portions(self):
+        """A tensor whose slope is left beside that of the others goes further, one whose slope has turned less far."""
+        if self.found is None:
+            return
+        there = [(g, i, p, q) for (g, i), p, q in zip(self.everything(), *self.found, strict=True) if p > 0]
+        self.found = None
+        for group, i, p, q in there:
+            before = group["means"][i]
+            group["means"][i] = (0.8 * before[0] + 0.2 * p, 0.8 * before[1] + 0.2 * q)
+        means = np.array([group["means"][i] for group, i, _, _ in there])
+        if not len(means) or means[:, 0].sum() <= 0:
+            return
+        clip = lambda x: np.clip(x, -2, 2)  # noqa: E731
+        beyond = clip(means[:, 1] / means[:, 0]) - clip(means[:, 1].sum() / means[:, 0].sum())
+        logs = 0.98 * np.log([group["portion"][i] for group, i, _, _ in there]) + 0.2 * beyond
+        logs = np.clip(logs - np.average(logs, weights=means[:, 0]), -np.log(8), np.log(8))
+        for (group, i, _, _), value in zip(there, logs, strict=True):
+            group["portion"][i] = np.exp(value)
 
     def put(self, points):
         for (group, i), x in zip(self.everything(), points, strict=True):

@@ -18,7 +18,8 @@ def bucket_of(tensors):
     """A bucket whose parameters, gradients and state count up through its coordinates."""
     return Bucket(
         0, 1, 0.9, 0.99, 1e-8, True,
-        params=tensors, grads=[t + 0.25 for t in tensors], state={"m": [t + 0.5 for t in tensors]},
+        params=tensors, owners=list(range(len(tensors))),
+        grads=[t + 0.25 for t in tensors], state={"m": [t + 0.5 for t in tensors]},
         coordinates=sum(t.numel() for t in tensors),
     )  # fmt: skip
 
@@ -51,6 +52,8 @@ def test_blocks_hold_every_coordinate_once_and_no_more_than_fits(which, transpos
             flat = torch.cat([param.flatten() for param in block.params])
             for shift, held in ((0.25, block.grads), (0.5, block.state["m"])):
                 assert torch.equal(torch.cat([tensor.flatten() for tensor in held]), flat + shift)
+            for owner, param in zip(block.owners, block.params, strict=True):
+                assert set(param.flatten().tolist()) <= set(tensors[owner].flatten().tolist())
             spread = block.spread(block.grads)
             assert [t.shape for t in spread] == [p.shape for p in block.params]
             assert all(torch.equal(t, p + 0.25) for t, p in zip(spread, block.params, strict=True))

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import lr_scheduler
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
+from lightning_soaa._state import PORTIONS
 
 
 def through_file(state):
@@ -59,7 +60,7 @@ def test_state_dict_holds_tensors_and_plain_values_only():
     state = Problem("ratio", grouped=True).run(9).optimizer.state_dict()
     for entry in state["state"].values():
         assert {key: type(value) for key, value in entry.items()} == {
-            "step": int, "m": torch.Tensor, "v": torch.Tensor,
+            "step": int, "m": torch.Tensor, "v": torch.Tensor, **dict.fromkeys(PORTIONS, float),
         }  # fmt: skip
     for group in state["param_groups"]:
         for key, value in group.items():

@@ -240,6 +240,7 @@ KINDS = ["burn-in", "check", "no check"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_outlier_leaves_parameters_and_moments_bit_for_bit_and_is_counted_as_such(kind, foreach):
     problem, plain = (before_a(kind, foreach=foreach) for _ in range(2))
+    problem.optimizer.state_dict()  # all that is unread is heard
     before, radius = problem.facts(), problem.optimizer.radius
     problem.optimizer.step(spiked(problem), loss_closure=problem.loss_closure)
     report, after = problem.optimizer.last_step, problem.facts()

@@ -199,10 +199,11 @@ def test_only_reading_the_report_costs_more(accelerator, packed, rule, reads):
 
 
 def test_sums_over_shards_are_two_a_step_five_on_a_check_and_one_more_after_one(monkeypatch):
-    """Each `total` is one sum over processes where parameters are sharded."""
-    calls, inner = [], lightning_soaa._sums.total
-    for module in (lightning_soaa._proposal, lightning_soaa._walk):
-        monkeypatch.setattr(module, "total", lambda *args: (calls.append(1), inner(*args))[1])
+    """Each `total` or `by_owner` is one sum over processes where parameters are sharded."""
+    calls = []
+    for name, inner in (("total", lightning_soaa._sums.total), ("by_owner", lightning_soaa._proposal.by_owner)):
+        for module in (lightning_soaa._proposal, lightning_soaa._walk):
+            monkeypatch.setattr(module, name, lambda *args, inner=inner: (calls.append(1), inner(*args))[1])
     problem, seen = Problem("ratio").run(3), set()
     for _ in range(60):
         head = problem.optimizer.param_groups[0]

@@ -91,7 +91,9 @@ REFUSED = {
     ),
     "a parameter without age": (
         lambda s: s["state"][1].pop("step"), ValueError,
-        "SOAA: `state_dict['state'][1]` must be one with `m`, `step`, `v`, got ['m', 'v']",
+        "SOAA: `state_dict['state'][1]` must be one with `last_portion`, `left_over`, `left_over_mean`, `m`, "
+        "`portion`, `promised`, `promised_mean`, `step`, `v`, got ['last_portion', 'left_over', 'left_over_mean', "
+        "'m', 'portion', 'promised', 'promised_mean', 'v']",
     ),
     "text": (lambda s: "none", TypeError, "SOAA: `state_dict` must be a dict, got 'str'"),
     "a list": (lambda s: [s], TypeError, "SOAA: `state_dict` must be a dict, got 'list'"),
@@ -114,8 +116,10 @@ REFUSED = {
     ),
     "of another Fisher": (
         lambda s: other(fisher=KroneckerFisher()), ValueError,
-        "SOAA: `state_dict['state'][0]` must be one with `m`, `step`, `v`, got ['basis_age', 'left', 'left_basis', "
-        "'m', 'right', 'right_basis', 'step', 'v']",
+        "SOAA: `state_dict['state'][0]` must be one with `last_portion`, `left_over`, `left_over_mean`, `m`, "
+        "`portion`, `promised`, `promised_mean`, `step`, `v`, got ['basis_age', 'last_portion', 'left', 'left_basis', "
+        "'left_over', 'left_over_mean', 'm', 'portion', 'promised', 'promised_mean', 'right', 'right_basis', 'step', "
+        "'v']",
     ),
     "moments that are integers": (
         moments_of(torch.int64), ValueError,

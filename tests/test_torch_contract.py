@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
 from lightning_soaa._bucket import CACHED
+from lightning_soaa._state import PORTIONS
 
 # (name, keywords, rule): what torch calls optimizer inputs.
 INPUTS = [
@@ -208,6 +209,7 @@ def families(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
 @each_input
 def test_foreach_matches_for_loop_in_every_state_key(kwargs, rule, dtype):
+    portions = PORTIONS if rule.fresh_slopes else ()
     runs = []
     for foreach in (False, True):
         params = families(dtype)
@@ -225,7 +227,7 @@ def test_foreach_matches_for_loop_in_every_state_key(kwargs, rule, dtype):
                 drive(optimizer, functools.partial(squares, *params))
         left, right = (everything(optimizer) for _, optimizer in runs)
         assert_same(left, right, but=["foreach"])
-    assert {key for entry in runs[0][1].state.values() for key in entry} == {"step", "m", "v"}
+    assert {key for entry in runs[0][1].state.values() for key in entry} == {"step", "m", "v", *portions}
     assert all(entry["step"] == 6 for entry in runs[0][1].state.values())
 
 

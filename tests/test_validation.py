@@ -281,11 +281,15 @@ LOADED = [
     ),
     (
         lambda s: with_entry(s, lambda entry: without(entry, "m")),
-        "SOAA: `state_dict['state'][1]` must be one with `m`, `step`, `v`, got ['step', 'v']",
+        "SOAA: `state_dict['state'][1]` must be one with `last_portion`, `left_over`, `left_over_mean`, `m`, "
+        "`portion`, `promised`, `promised_mean`, `step`, `v`, got ['last_portion', 'left_over', 'left_over_mean', "
+        "'portion', 'promised', 'promised_mean', 'step', 'v']",
     ),
     (
         lambda s: with_entry(s, lambda entry: without(entry, "step")),
-        "SOAA: `state_dict['state'][1]` must be one with `m`, `step`, `v`, got ['m', 'v']",
+        "SOAA: `state_dict['state'][1]` must be one with `last_portion`, `left_over`, `left_over_mean`, `m`, "
+        "`portion`, `promised`, `promised_mean`, `step`, `v`, got ['last_portion', 'left_over', 'left_over_mean', "
+        "'m', 'portion', 'promised', 'promised_mean', 'v']",
     ),
     (
         lambda s: {**s, "param_groups": [{**s["param_groups"][0], "lr_unit": -1.0}, s["param_groups"][1]]},

@@ -1,0 +1,80 @@
+"""Portions: how far each parameter tensor goes within the radius. Plain numbers only: no tensor is known here.
+
+The radius bounds the whole step; a portion is what the step of one tensor is multiplied by besides. They start at 1,
+and move by what the gradient after a check finds along the check's step. For tensor i let p_i be what its part of the
+step promised, ``-(g . s)_i``, and q_i what is left of that slope in the next batch's gradient, both as averages over
+checks:
+
+.. code-block:: text
+
+    d_i = q_i / p_i - sum(q) / sum(p)                       beyond what is left of the slope of the whole step
+    log c_i <- 0.98 log c_i + 0.2 d_i                       less their mean, weighted by p
+
+A tensor whose slope is left while that of the others has turned goes too short a way beside them, and its portion
+grows; that of one whose slope has turned further shrinks. So the radius need not be that of the most curved layer. With
+one tensor its portion is exactly 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, isfinite, log
+
+# Of the averages, the share of what was known; of the logarithm of a portion, what is kept, and what is added of d_i.
+MEMORY, KEPT, GAIN = 0.8, 0.98, 0.2
+# A portion stays within 1/8 and 8.
+WIDEST = 8.0
+# Beyond this a slope says no more of a step than that it is far too short, or far too long.
+STEEPEST = 2.0
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What is known of one parameter tensor.
+
+    Args:
+        portion: what its step is multiplied by.
+        promised: average of the reduction of the loss that its part of checks promised, in units of the loss.
+        left: average of what gradients after checks found along that part, in units of the loss.
+    """
+
+    portion: float = 1.0
+    promised: float = 0.0
+    left: float = 0.0
+
+
+def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Sequence[float]) -> list[Portion]:
+    """Return what is known after a check, and the gradient that followed it.
+
+    Args:
+        known: what is known of each tensor.
+        promised: what its part of the check's step promised.
+        left: what the next gradient found along it. Where a figure is not finite nothing is learned.
+    """
+    if not all(isfinite(value) for value in (*promised, *left)):
+        return list(known)
+    averages = [
+        (
+            MEMORY * each.promised + (1 - MEMORY) * max(0.0, new),
+            MEMORY * each.left + (1 - MEMORY) * slope,
+        )
+        for each, new, slope in zip(known, promised, left, strict=True)
+    ]
+    whole = sum(p for p, _ in averages)
+    if whole <= 0:
+        return list(known)
+    overall = _share(sum(q for _, q in averages), whole)
+    logs = [
+        KEPT * log(each.portion) + GAIN * (_share(q, p) - overall if p > 0 else 0.0)
+        for each, (p, q) in zip(known, averages, strict=True)
+    ]
+    mean = sum(p / whole * value for (p, _), value in zip(averages, logs, strict=True))
+    widest = log(WIDEST)
+    return [
+        Portion(exp(min(widest, max(-widest, value - mean))), p, q)
+        for value, (p, q) in zip(logs, averages, strict=True)
+    ]
+
+
+def _share(left: float, promised: float) -> float:
+    """Return what is left of a slope, in units of it, within its bounds."""
+    return max(-STEEPEST, min(STEEPEST, left / promised))
