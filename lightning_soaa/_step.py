@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_soaa import _state as keys
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
-from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
+from lightning_soaa._loss import evaluated, minimised, resolution, rounding
 from lightning_soaa._proposal import Proposal, absorb, absorbs_first, propose
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
@@ -108,7 +108,7 @@ class Stepper:
                 self.rule,
                 numbers,
                 walk=self._walk,
-                trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
+                trial_loss=lambda: self._minimised(evaluated(loss_closure), proposal.home),
                 evidence=Evidence(
                     base=0.0,
                     predicted=0.0,

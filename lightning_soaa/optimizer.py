@@ -12,7 +12,7 @@ from lightning_soaa._checkpoint import check_dict, check_loadable, restore_preci
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
 from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, only_zeros
-from lightning_soaa._loss import scalar_loss
+from lightning_soaa._loss import evaluated, scalar_loss
 from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper
 from lightning_soaa._sums import read
@@ -262,7 +262,7 @@ class SOAA(Optimizer):
         if base is None and (check or rule.needs_loss):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
-            base, trials = scalar_loss("loss_closure", loss_closure()), 1
+            base, trials = evaluated(loss_closure), 1
         before, unclipped, self._unclipped = self._unread, self._unclipped, None
         how = (self.defaults, rule, self.fisher_rule, before, unclipped, self._compiled)
         stepper = Stepper(self.param_groups, self.state, *how)
