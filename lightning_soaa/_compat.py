@@ -1,11 +1,11 @@
 """The place that knows Lightning's internals. Imports neither package, so that a module of either one works.
 
-Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
-of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
-``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
-``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
-``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_train_progress_bar`` of TQDMProgressBar. What has to do with
-rows is in `_results`.
+Private names used here: ``_skip_backward``, ``_should_accumulate``, ``_combined_loader`` and ``_data_fetcher`` of
+``fit_loop``; ``epoch_loop._build_kwargs``; of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``,
+``_make_backward_fn``, ``_optimizer_step``, ``optim_progress``, ``output_result_cls`` and ``Closure``;
+``loops.utilities._block_parallel_sync_behavior``; ``_forward_redirection``, ``_model_averaging_period``,
+``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy; ``_current_fx_name`` and ``_compiler_ctx`` of a module;
+``_train_progress_bar`` of TQDMProgressBar. What has to do with rows is in `_results`.
 """
 
 import sys
@@ -143,15 +143,25 @@ def tensor_parallel_size(trainer: Any) -> int:
     return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
 
 
-def batches_of_ranks(trainer: Any) -> list[float]:
-    """Return how many batches each process has in this epoch, infinite where a loader does not know its length.
+def loaders_of(trainer: Any) -> list[Any]:
+    """Return the loaders of an epoch of training."""
+    found: list[Any] = trainer.fit_loop._combined_loader.flattened
+    return found
 
-    All processes must ask.
-    """
-    counts = torch.zeros(trainer.world_size, device=trainer.strategy.root_device)
-    counts[trainer.global_rank] = float(trainer.num_training_batches)
-    summed: list[float] = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-    return summed
+
+def fetcher_of(trainer: Any) -> Any:
+    """Return what an epoch of training takes its batches from."""
+    return trainer.fit_loop._data_fetcher
+
+
+def set_fetcher(trainer: Any, fetcher: Any) -> None:
+    """Have an epoch of training take its batches from `fetcher`."""
+    trainer.fit_loop._data_fetcher = fetcher
+
+
+def batches_taken(trainer: Any) -> int:
+    """Return how many batches of this epoch have been taken before the one that is being taken."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
 def joins(trainer: Any) -> bool:
