@@ -149,14 +149,9 @@ def loaders_of(trainer: Any) -> list[Any]:
     return found
 
 
-def fetcher_of(trainer: Any) -> Any:
-    """Return what an epoch of training takes its batches from."""
-    return trainer.fit_loop._data_fetcher
-
-
-def set_fetcher(trainer: Any, fetcher: Any) -> None:
-    """Have an epoch of training take its batches from `fetcher`."""
-    trainer.fit_loop._data_fetcher = fetcher
+def replace_fetcher(trainer: Any, replaced: Callable[[Any], Any]) -> None:
+    """Have an epoch of training take its batches from what `replaced` makes of that from which it takes them."""
+    trainer.fit_loop._data_fetcher = replaced(trainer.fit_loop._data_fetcher)
 
 
 def batches_taken(trainer: Any) -> int:
@@ -166,10 +161,12 @@ def batches_taken(trainer: Any) -> int:
 
 def joins(trainer: Any) -> bool:
     """Return whether torch's Join stands in for processes that have run out of batches."""
-    model = trainer.strategy.model
-    if model is trainer.lightning_module:  # not wrapped
-        return False
-    return bool(getattr(getattr(model, "_join_config", None), "enable", False))
+    return is_wrapped(trainer) and bool(getattr(getattr(trainer.strategy.model, "_join_config", None), "enable", False))
+
+
+def is_wrapped(trainer: Any) -> bool:
+    """Return whether the strategy calls the module by way of what it is wrapped in, as DistributedDataParallel."""
+    return trainer.strategy.model is not trainer.lightning_module
 
 
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:

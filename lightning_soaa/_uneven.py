@@ -26,7 +26,7 @@ def refuse_uneven(trainer: Any) -> None:
     counts = _of_ranks(float(trainer.num_training_batches), trainer)
     surely = _of_ranks(all(_knows_its_length(loader) for loader in _compat.loaders_of(trainer)), trainer)
     if not all(surely):
-        _watch(trainer)
+        _compat.replace_fetcher(trainer, lambda fetcher: _watched(fetcher, trainer))
     elif min(counts) != max(counts):
         least, most = min(counts), max(counts)
         _refuse(
@@ -58,15 +58,15 @@ def _knows_its_length(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
-def _watch(trainer: Any) -> None:
-    """Have all processes compare what is left whenever they ask for a batch."""
-    fetcher = _compat.fetcher_of(trainer)
+def _watched(fetcher: Any, trainer: Any) -> Any:
+    """Return what the epoch's batches are taken from, so that processes compare what is left at each."""
     kind = type(fetcher)
-    if not issubclass(kind, _Watched):
-        watching: Any = type(kind.__name__, (_Watched, kind), {"_soaa_trainer": trainer})
-        watched = watching.__new__(watching)
-        vars(watched).update(vars(fetcher))
-        _compat.set_fetcher(trainer, watched)
+    if issubclass(kind, _Watched):
+        return fetcher
+    watching: Any = type(kind.__name__, (_Watched, kind), {"_soaa_trainer": trainer})
+    watched = watching.__new__(watching)
+    vars(watched).update(vars(fetcher))
+    return watched
 
 
 class _Watched:
