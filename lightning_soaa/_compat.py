@@ -3,8 +3,8 @@
 Private names used here: ``_skip_backward``, ``_should_accumulate``, ``_combined_loader`` and ``_data_fetcher`` of
 ``fit_loop``; ``epoch_loop._build_kwargs``; of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``,
 ``_make_backward_fn``, ``_optimizer_step``, ``optim_progress``, ``output_result_cls`` and ``Closure``;
-``loops.utilities._block_parallel_sync_behavior``; ``_forward_redirection``, ``_model_averaging_period``,
-``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy; ``_current_fx_name`` and ``_compiler_ctx`` of a module;
+``loops.utilities._block_parallel_sync_behavior``; ``_forward_redirection``, ``_model_averaging_period``
+and ``_ddp_comm_state`` of a strategy; ``_current_fx_name`` and ``_compiler_ctx`` of a module;
 ``_train_progress_bar`` of TQDMProgressBar. What has to do with rows is in `_results`.
 """
 
@@ -136,11 +136,6 @@ def model_averaging(strategy: Any) -> tuple[str, str] | None:
     if type(state).__name__ == "PostLocalSGDState":
         return "ddp_comm_state", type(state).__name__
     return None
-
-
-def tensor_parallel_size(trainer: Any) -> int:
-    """Return over how many processes single tensors are split, as far as the strategy has been told."""
-    return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
 
 
 def loaders_of(trainer: Any) -> list[Any]:

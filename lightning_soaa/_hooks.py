@@ -12,7 +12,6 @@ from lightning_soaa._closures import AROUND, HANDED_OVER, run_batch
 from lightning_soaa._setup import (
     make_soaa,
     refuse_foreign_state,
-    refuse_tensor_parallel,
     refuse_unsupported,
     warn_of_no_soaa,
     with_monitor,
@@ -80,7 +79,6 @@ def _configure_optimizers(module: Any, inner: Act) -> Any:
         if module._trainer is not None:
             warn_of_no_soaa(config, module._trainer)
         return config
-    refuse_tensor_parallel(module._trainer)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
         return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
     return with_soaa(module, inner())

@@ -93,18 +93,6 @@ def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     return [*own, TrustRegionMonitor()]
 
 
-def refuse_tensor_parallel(trainer: Any) -> None:
-    """Refuse tensor parallelism; the sizes are known once the strategy has set up its processes.
-
-    Raises:
-        ValueError: as said.
-    """
-    size = 1 if trainer is None else _compat.tensor_parallel_size(trainer)
-    if size != 1:
-        remedy = "tensor parallelism is not supported yet: use data_parallel_size for all devices, and fully_shard"
-        refuse("ModelParallelStrategy(tensor_parallel_size=...)", "1", str(size), remedy)
-
-
 def make_soaa(module: Any, params: Any) -> SOAA:
     """Return what `configure_soaa` makes of `params`.
 
