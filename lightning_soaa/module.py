@@ -63,6 +63,7 @@ class SOAAMixin(_Base):
     _soaa_phase: str = AROUND
     _soaa_in_trial: bool = False
     _soaa_batch_seen: bool = False
+    _soaa_differentiates: bool = False
     _soaa_batch_versions: Sequence[int] = ()
     _soaa_window: Window | None = None
     _soaa_hooks_inside: frozenset[str] = frozenset()
