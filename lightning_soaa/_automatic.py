@@ -38,10 +38,29 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
         arguments = _compat.step_arguments(trainer, batch, batch_idx)
         if not module._soaa_batch_seen:
             vars(module)["_soaa_batch_versions"] = versions(arguments)
-        # A batch that is stepped on starts inside of the user's `optimizer_step`, which may draw random numbers.
-        stepped_on = not _compat.accumulating(trainer)
-        start = Start(module, replayed=False) if stepped_on else start_of(module, module._soaa_window)
-        module._soaa_window.replays.append(Replay(module.training_step, own_containers(arguments), start))
+        window: Window = module._soaa_window
+        window.replays.append(Replay(module.training_step, own_containers(arguments), Start(module, replayed=False)))
+        if _compat.is_wrapped(trainer):
+            _start_at_forward(module, window)
+        elif _compat.accumulating(trainer):
+            _start(module, window)
+
+
+def _start(module: Any, window: Window) -> None:
+    """Have the newest micro-batch of `window` start from here."""
+    if window.replays:
+        newest = window.replays.pop()
+        window.replays.append(replace(newest, start=start_of(module, window)))
+
+
+def _start_at_forward(module: Any, window: Window) -> None:
+    """Have it start where DistributedDataParallel, which has given this process the buffers of the first, calls it."""
+
+    def start(*_: Any) -> None:
+        handle.remove()
+        _start(module, window)
+
+    handle = module.register_forward_pre_hook(start)
 
 
 def end_batch(module: Any, outputs: Any) -> None:
@@ -67,9 +86,8 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
     window: Window = module._soaa_window
 
     def whole() -> Tensor | None:
-        if window.replays:
-            newest = window.replays.pop()
-            window.replays.append(replace(newest, start=start_of(module, window)))
+        if not _compat.is_wrapped(module.trainer):  # the user's `optimizer_step` may have drawn random numbers
+            _start(module, window)
         loss = closure()
         _enter(module, window, loss)
         _compat.before_clipping(module.trainer, module, raw)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_soaa import _compat
 from lightning_soaa.optimizer import SOAA
-from lightning_soaa.trial import Start, own_containers, trial, versions
+from lightning_soaa.trial import Start, evaluate, own_containers, versions
 
 # Who runs the batch. Lightning reads `automatic_optimization` as False in the second and third phase only.
 AROUND, HANDED_OVER, INSIDE = "around", "handed over", "inside"
@@ -188,9 +188,14 @@ def trial_loss(module: Any, window: Window) -> Tensor:
 
     A `training_step` that returns None here, where it returned a loss before, has met a bad point: the loss is nan.
     """
-    total: Tensor | None = None
     start = window.replays[0].start if window.replays else None
-    with trial(module, module.trainer, start), inside(module):
+    return evaluate(module, module.trainer, start, partial(_replayed_loss, module, window))
+
+
+def _replayed_loss(module: Any, window: Window) -> Tensor:
+    """Run the micro-batches of a window again and return the sum of their losses."""
+    total: Tensor | None = None
+    with inside(module):
         for replay in window.replays:
             replay.start.rewind()
             with _compat.training_step_context(module):

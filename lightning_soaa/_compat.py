@@ -1,11 +1,11 @@
 """The place that knows Lightning's internals. Imports neither package, so that a module of either one works.
 
-Private names used here: ``fit_loop._skip_backward``, ``fit_loop._should_accumulate``, ``epoch_loop._build_kwargs`` and,
-of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``, ``_make_backward_fn``, ``_optimizer_step``,
-``optim_progress``, ``output_result_cls`` and ``Closure``; ``loops.utilities._block_parallel_sync_behavior``;
-``_forward_redirection``, ``_model_averaging_period``, ``_ddp_comm_state`` and ``_tensor_parallel_size`` of a strategy;
-``_current_fx_name`` and ``_compiler_ctx`` of a module; ``_train_progress_bar`` of TQDMProgressBar. What has to do with
-rows is in `_results`.
+Private names used here: ``_skip_backward``, ``_should_accumulate``, ``_combined_loader`` and ``_data_fetcher`` of
+``fit_loop``; ``epoch_loop._build_kwargs``; of ``epoch_loop.automatic_optimization``, ``_make_zero_grad_fn``,
+``_make_backward_fn``, ``_optimizer_step``, ``optim_progress``, ``output_result_cls`` and ``Closure``;
+``loops.utilities._block_parallel_sync_behavior``; ``_forward_redirection``, ``_model_averaging_period``
+and ``_ddp_comm_state`` of a strategy; ``_current_fx_name`` and ``_compiler_ctx`` of a module;
+``_train_progress_bar`` of TQDMProgressBar. What has to do with rows is in `_results`.
 """
 
 import sys
@@ -138,28 +138,30 @@ def model_averaging(strategy: Any) -> tuple[str, str] | None:
     return None
 
 
-def tensor_parallel_size(trainer: Any) -> int:
-    """Return over how many processes single tensors are split, as far as the strategy has been told."""
-    return int(getattr(trainer.strategy, "_tensor_parallel_size", 1))
+def loaders_of(trainer: Any) -> list[Any]:
+    """Return the loaders of an epoch of training."""
+    found: list[Any] = trainer.fit_loop._combined_loader.flattened
+    return found
 
 
-def batches_of_ranks(trainer: Any) -> list[float]:
-    """Return how many batches each process has in this epoch, infinite where a loader does not know its length.
+def replace_fetcher(trainer: Any, replaced: Callable[[Any], Any]) -> None:
+    """Have an epoch of training take its batches from what `replaced` makes of that from which it takes them."""
+    trainer.fit_loop._data_fetcher = replaced(trainer.fit_loop._data_fetcher)
 
-    All processes must ask.
-    """
-    counts = torch.zeros(trainer.world_size, device=trainer.strategy.root_device)
-    counts[trainer.global_rank] = float(trainer.num_training_batches)
-    summed: list[float] = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-    return summed
+
+def batches_taken(trainer: Any) -> int:
+    """Return how many batches of this epoch have been taken before the one that is being taken."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
 def joins(trainer: Any) -> bool:
     """Return whether torch's Join stands in for processes that have run out of batches."""
-    model = trainer.strategy.model
-    if model is trainer.lightning_module:  # not wrapped
-        return False
-    return bool(getattr(getattr(model, "_join_config", None), "enable", False))
+    return is_wrapped(trainer) and bool(getattr(getattr(trainer.strategy.model, "_join_config", None), "enable", False))
+
+
+def is_wrapped(trainer: Any) -> bool:
+    """Return whether the strategy calls the module by way of what it is wrapped in, as DistributedDataParallel."""
+    return trainer.strategy.model is not trainer.lightning_module
 
 
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:

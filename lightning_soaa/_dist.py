@@ -46,8 +46,8 @@ def shards_of(tensor: Tensor) -> Shards:
     sharded: Any = tensor
     if any(placement.is_partial() for placement in sharded.placements):
         raise ValueError(f"SOAA: `params` must be sharded or replicated DTensors, got {tuple(sharded.placements)}")
-    mesh = sharded.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(sharded.placements) if placement.is_shard())
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Losses: what a closure may return, and what becomes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Complex, Real
 from typing import Any
 
@@ -34,6 +34,19 @@ def scalar_loss(who: str, value: Any) -> Tensor:
     if not isinstance(value, Real):
         raise TypeError(f"SOAA: `{who}` must return a scalar loss, got {value!r}")
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def evaluated(loss_closure: Callable[[], Any]) -> Tensor:
+    """Return the loss that a loss closure computes at the parameters as they are now.
+
+    Inside of autocast torch keeps 16-bit copies of parameters from one forward to the next. A trial would be evaluated
+    on those of the forward before, and leave behind copies without gradients for the forward after.
+    """
+    torch.clear_autocast_cache()
+    try:
+        return scalar_loss("loss_closure", loss_closure())
+    finally:
+        torch.clear_autocast_cache()
 
 
 def minimised(loss: Tensor, home: torch.device, *, maximize: bool) -> Tensor:

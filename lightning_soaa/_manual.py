@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_soaa import _compat
 from lightning_soaa._checks import refuse
 from lightning_soaa.optimizer import SOAA
-from lightning_soaa.trial import Start, trial
+from lightning_soaa.trial import Start, evaluate
 
 
 def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Tensor:
@@ -32,10 +32,12 @@ def soaa_step(module: Any, optimizer: Any, loss_fn: Callable[[], Tensor]) -> Ten
         losses.append(loss.detach())
         return losses[0]
 
+    def replayed_loss() -> Tensor:
+        start[0].rewind()
+        return loss_fn()
+
     def trial_loss() -> Tensor:
-        with trial(module, module.trainer, start[0]):
-            start[0].rewind()
-            return loss_fn()
+        return evaluate(module, module.trainer, start[0], replayed_loss)
 
     if with_trials:
         wrapped.step(closure, loss_closure=trial_loss)

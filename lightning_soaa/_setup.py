@@ -93,54 +93,6 @@ def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:
     return [*own, TrustRegionMonitor()]
 
 
-def refuse_tensor_parallel(trainer: Any) -> None:
-    """Refuse tensor parallelism; the sizes are known once the strategy has set up its processes.
-
-    Raises:
-        ValueError: as said.
-    """
-    size = 1 if trainer is None else _compat.tensor_parallel_size(trainer)
-    if size != 1:
-        remedy = "tensor parallelism is not supported yet: use data_parallel_size for all devices, and fully_shard"
-        refuse("ModelParallelStrategy(tensor_parallel_size=...)", "1", str(size), remedy)
-
-
-def refuse_uneven(trainer: Any) -> None:
-    """Refuse processes that have different numbers of batches, as far as their loaders know. All must ask.
-
-    Raises:
-        ValueError: as said, on all of them.
-    """
-    if trainer.world_size == 1:
-        return
-    counts = _compat.batches_of_ranks(trainer)
-    least, most = min(counts), max(counts)
-    if least != most:
-        refuse(
-            "train_dataloader",
-            "one that gives each process as many batches",
-            f"{most:g} in process {counts.index(most)} and {least:g} in process {counts.index(least)}",
-            "those that go on would wait for the one that has ended: leave use_distributed_sampler=True, which evens "
-            f"them out, or set Trainer(limit_train_batches={least:g})",
-        )
-
-
-def refuse_join(trainer: Any) -> None:
-    """Refuse torch's Join, whose stand-in for a process without batches takes no part in the radius.
-
-    Raises:
-        ValueError: as said.
-    """
-    if _compat.joins(trainer):
-        refuse(
-            "torch.distributed.algorithms.Join",
-            "left out",
-            "a model inside of one",
-            "a process that has run out of batches has no loss to decide by: give each process as many batches, as "
-            "Trainer(use_distributed_sampler=True) does",
-        )
-
-
 def make_soaa(module: Any, params: Any) -> SOAA:
     """Return what `configure_soaa` makes of `params`.
 

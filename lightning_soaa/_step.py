@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa import _state as keys
 from lightning_soaa._checks import refuse
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
-from lightning_soaa._loss import minimised, resolution, rounding, scalar_loss
+from lightning_soaa._loss import evaluated, minimised, resolution, rounding
 from lightning_soaa._portions import keep_portions
 from lightning_soaa._proposal import Proposal, absorb, mark, propose, turn
 from lightning_soaa._state import Snapshot
@@ -92,7 +92,7 @@ class Stepper:
         if base is None and (check or rule.needs_loss):
             if loss_closure is None:
                 raise ValueError(f"SOAA: `closure` must return the loss under {type(rule).__name__}, got None")
-            base, trials = scalar_loss("loss_closure", loss_closure()), 1
+            base, trials = evaluated(loss_closure), 1
         if check and base is not None and loss_closure is not None:
             proposal, numbers, known = self.checked(entries, base, loss_closure, numbers)
             heard, slopes, now = known.pop("heard"), known.pop("slopes", ()), unread()
@@ -181,7 +181,7 @@ class Stepper:
                 self.rule,
                 numbers,
                 walk=self._walk,
-                trial_loss=lambda: self._minimised(scalar_loss("loss_closure", loss_closure()), proposal.home),
+                trial_loss=lambda: self._minimised(evaluated(loss_closure), proposal.home),
                 evidence=Evidence(
                     base=0.0,
                     predicted=0.0,

@@ -6,7 +6,7 @@ Each guard is a context manager that puts one kind of thing back, also when the 
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -197,6 +197,24 @@ class Start:
     def edited(self) -> list[Tensor]:
         """Return tensors too large to be copied always that have been edited since."""
         return self._marks.changed()
+
+
+def evaluate(module: Any, trainer: Any, start: Start | None, loss: Callable[[], Tensor]) -> Tensor:
+    """Return what `loss` returns in a :func:`trial`.
+
+    Code that differentiates while it computes a loss, such as a physics-informed network or a gradient penalty, fails
+    without gradients. It is evaluated with them, from its first trial on.
+    """
+    if not module._soaa_differentiates:
+        try:
+            with trial(module, trainer, start):
+                return loss()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            vars(module)["_soaa_differentiates"] = True
+    with trial(module, trainer, start), torch.enable_grad():
+        return loss()
 
 
 @contextmanager

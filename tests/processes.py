@@ -77,7 +77,7 @@ def run_ranks(script, *args, folder, ranks=2, seconds=150):
     assert codes == [0] * ranks, "\n".join(f"{log.name}:\n{log.read_text()[-4000:]}" for log in logs)
 
 
-def of_ranks(script, folder, *, ranks=2, seconds=150):
-    """Run `script` once a rank with `folder` as its argument; return what each has saved there as ``<rank>.pt``."""
-    run_ranks(script, folder, folder=folder, ranks=ranks, seconds=seconds)
+def of_ranks(script, folder, *args, ranks=2, seconds=150):
+    """Run `script` once a rank with `folder` and `args`; return what each has saved there as ``<rank>.pt``."""
+    run_ranks(script, folder, *args, folder=folder, ranks=ranks, seconds=seconds)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -1,5 +1,6 @@
 """What torch expects of every optimizer: groups, state, checkpoints, hooks, schedulers, dtypes."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -232,6 +233,40 @@ def test_autocast_does_not_leak_into_the_step(rule):
             other.optimizer.step(closure, loss_closure=loss_closure)
         other.batch += 1
     assert_same(plain.facts(), other.facts())
+
+
+@pytest.mark.parametrize("whole_loop", [False, True], ids=["around each step", "around the loop"])
+def test_trials_inside_of_autocast_are_at_the_trial_point_not_at_copies_that_it_keeps_of_parameters(whole_loop):
+    def run(around_step, around_loop):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        optimizer = SOAA(net.parameters(), radius=RatioRadius(interval=1))
+        reports = []
+        with around_loop:
+            for _ in range(20):
+                inputs = torch.randn(64, 8)
+
+                def loss_closure(inputs=inputs):
+                    return (net(inputs).float() - inputs.sum(1, keepdim=True)).square().mean()
+
+                def closure(loss_closure=loss_closure):
+                    optimizer.zero_grad()
+                    loss = loss_closure()
+                    loss.backward()
+                    return loss
+
+                with around_step:
+                    optimizer.step(closure, loss_closure=loss_closure)
+                reports.append(vars(optimizer.last_step).copy())
+        return reports
+
+    def autocast(**options):
+        return torch.autocast("cpu", dtype=torch.bfloat16, **options)
+
+    uncached = run(autocast(cache_enabled=False), contextlib.nullcontext())
+    cached = run(*(contextlib.nullcontext(), autocast()) if whole_loop else (autocast(), contextlib.nullcontext()))
+    assert uncached == cached
+    assert sum(report["accepted"] for report in cached) > 10
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -8,7 +8,19 @@ from copy import deepcopy
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_models import ACCEPT, QUIET, Automatic, Mixed, Net, assert_same, fit, loader, make_trainer, seed
+from lightning_models import (
+    ACCEPT,
+    QUIET,
+    Automatic,
+    Mixed,
+    Net,
+    Remember,
+    assert_same,
+    fit,
+    loader,
+    make_trainer,
+    seed,
+)  # fmt: skip
 from processes import group_lives, of_ranks, start, stop
 from torch import nn
 
@@ -171,12 +183,36 @@ def resume(go_on, path):
     return {"loaded": run_.module.loaded, "history": run_.module.history, "step": run_.trainer.global_step}
 
 
+class Scaled(Watched):
+    """Its loss depends on a buffer that each rank moves by itself, and that of the first rank is given to all."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", torch.ones(1))
+
+    def loss(self, batch):
+        loss = super().loss(batch) * self.scale.item()
+        self.scale += 1.0 + self.global_rank
+        return loss
+
+
+def replay(kind, **flags):
+    """Return base and trial loss of each step of a run in which nothing moves."""
+    rule = Remember()
+    run(make(type("Case", (Scaled, kind), {}), rule, lr=0.0), **flags)
+    return rule.seen
+
+
 def job(rank, folder):
     torch.set_num_threads(1)
     alone = f"{folder}/alone.ckpt"
     if rank == 0:  # before there are two: the other waits for this one
         fit(make(Resuming, RatioRadius()), data=loader(batches=BATCHES), max_epochs=1).trainer.save_checkpoint(alone)
     found = {"cases": compare(), "decisions": decide()}
+    found["replays"] = {
+        name: [replay(kind), replay(kind, accumulate_grad_batches=2)]
+        for name, kind in (("default", Mixed), ("automatic", Automatic))
+    }
     found["resumed"] = resume(run, alone)
     together = run(make(Resuming, RatioRadius()))
     together.trainer.save_checkpoint(f"{folder}/together.ckpt")
@@ -286,6 +322,14 @@ def test_loss_of_a_report_is_the_mean_over_ranks(ranks):
 
 def test_trial_replays_the_streams_of_its_own_rank(ranks):
     assert ranks[0]["decisions"]["history"][-1][2]["repeat_gap"] == 0
+
+
+@pytest.mark.parametrize("mode", ["default", "automatic"])
+def test_trial_starts_from_the_buffers_of_the_first_rank_that_the_forward_was_given(ranks, mode):
+    for rank in ranks:
+        for seen in rank["replays"][mode]:
+            assert len(seen) >= 2
+            assert all(base == trial for base, trial in seen)
 
 
 def test_trials_leave_no_trace_in_buffers_and_forwards_find_those_of_the_first_rank(ranks):

@@ -59,10 +59,9 @@ LAYERS = {
     "_closures": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
     "_automatic": ({"_compat", "_closures", "trial"}, FRONT),
     "_manual": ({"_checks", "_compat", "optimizer", "trial"}, FRONT),
-    "module": (
-        {"_checks", "_compat", "_setup", "_closures", "_automatic", "_manual", "optimizer", "trial", "monitor"},
-        FRONT,
-    ),
+    "_uneven": ({"_compat", "_dist", "_setup"}, FRONT),
+    "_hooks": ({"_automatic", "_closures", "_compat", "_setup", "_uneven"}, FRONT),
+    "module": ({"_closures", "_hooks", "_manual", "_uneven", "optimizer"}, FRONT),
     "metrics": ({"report"}, FRONT),
     "console": (set(), {"rich"}),
     "_watch": ({"report"}, set()),

@@ -1,11 +1,25 @@
 """Trials through the mixin: how often they run, what they see, and that they leave no trace."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from lightning_models import ACCEPT, QUIET, REJECT, Automatic, Mixed, Net, Remember, Tape, assert_same, loader, train
+from lightning_models import (
+    ACCEPT,
+    QUIET,
+    REJECT,
+    Automatic,
+    Mixed,
+    Net,
+    OwnLoop,
+    Remember,
+    Tape,
+    assert_same,
+    loader,
+    train,
+)
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
@@ -286,3 +300,39 @@ def test_default_rule_trains_and_its_checks_accept():
     report = run.trainer.optimizers[0].last_step
     assert sum(run.module.losses[-8:]) < 0.8 * sum(run.module.losses[:8])
     assert report.accepted_checks > 0.5 * report.checks > 10
+
+
+class Differentiating:
+    """Its loss holds the slope of the network's output, as physics-informed networks and gradient penalties do."""
+
+    def loss(self, batch):
+        inputs = batch[0].detach().requires_grad_()
+        logits = self.net(inputs)
+        (slope,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        return nn.functional.cross_entropy(logits, batch[1]) + slope.square().mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", [Mixed, Automatic, OwnLoop])
+def test_a_training_step_that_differentiates_is_trained_and_its_trials_leave_no_bit(kind, accumulate):
+    flags = {} if kind is OwnLoop else {"accumulate_grad_batches": accumulate}
+    make = type("Differentiates", (Differentiating, kind), {})
+    remember = Remember()
+    still, checked = (train(partial(make, rule), **flags) for rule in (FixedRadius(), ACCEPT))
+    assert_same(still.facts(), checked.facts())
+    train(partial(make, remember, lr=0.0), **flags)
+    assert all(base == trial for base, trial in remember.seen)
+    assert len(remember.seen) == checked.trainer.global_step
+    assert not torch.equal(still.module.net[0].weight, make().net[0].weight)
+    assert torch.is_grad_enabled()
+
+
+def test_another_error_in_a_trial_is_not_taken_for_one():
+    class Failing(Mixed):
+        def loss(self, batch):
+            if self.in_trial:
+                raise RuntimeError("something else")
+            return super().loss(batch)
+
+    with pytest.raises(RuntimeError, match="something else"):
+        train(partial(Failing, ACCEPT))
