@@ -22,7 +22,7 @@ RESULTS = {
     "digits": r"test accuracy: 0\.9",
     "fabric_digits": r"test accuracy: 0\.9",
     "fsdp2": r"test accuracy: 0\.[89]",
-    "gan": r"@",
+    "gan": r"\n[ .:=+*#%@-]{16}  [ .:=+*#%@-]{16}  .*\n",
     "huggingface": r"test loss: [234]\.\d{4} nats",
     "resume_after_kill": r"same parameters as without the kill, bit for bit: True",
 }
