@@ -1,8 +1,8 @@
 """What the pages take from README and code, so that it is written once, and links that lead out of the pages.
 
-``<!-- README: heading -->`` on a line of its own stands for the section of that heading, without the heading. A
-function or class of the package in the last column of a table, as in ``| `fisher.box_direction` |``, gets its file and
-line.
+``<!-- README: heading -->`` on a line of its own stands for the section of that heading, without the heading, and
+``<!-- examples/README: heading -->`` for one of that file. A function or
+class of the package in the last column of a table, as in ``| `fisher.box_direction` |``, gets its file and line.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-INCLUDE = re.compile(r"^<!-- README: (.+) -->$", re.MULTILINE)
+INCLUDE = re.compile(r"^<!-- ((?:\w+/)?README): (.+) -->$", re.MULTILINE)
 CODE = re.compile(r"\| `(\w+)\.(\w+(?:\.\w+)*)` \|$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./)?((?:benchmarks|examples)/[^)]+)\)")
 
@@ -58,5 +58,8 @@ def with_lines(markdown: str) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put in what pages take from the README and from the code."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    return within(with_lines(INCLUDE.sub(lambda found: section(readme, found[1]), markdown)))
+
+    def included(found: re.Match[str]) -> str:
+        return section((ROOT / f"{found[1]}.md").read_text("utf-8"), found[2])
+
+    return within(with_lines(INCLUDE.sub(included, markdown)))

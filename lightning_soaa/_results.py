@@ -22,8 +22,11 @@ def row_follows(trainer: Any) -> bool:
 
     These are the conditions of Lightning's ``_LoggerConnector.update_train_step_metrics``.
     """
+    every, whole = trainer.log_every_n_steps, trainer.should_stop or getattr(trainer, "fast_dev_run", False)
+    if not whole and every and (row_step(trainer) + 1) % every:
+        return False  # what the next line says of most batches, without Lightning's walk to its active loop
     if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
-        return False  # first, since most batches have none
+        return False
     if not rows_possible(trainer):
         return False
     return not (accumulating(trainer) and trainer.lightning_module.automatic_optimization)

@@ -32,6 +32,7 @@ STEP_FIELDS = {
 BASIS_FIELDS = {"fisher": {name: name for name in ("rotated_fraction", "basis_age")}}
 
 Counts = dict[str, int]
+_MORE = ("outlier_steps", "total_trials")  # counts that an optimizer may keep as well
 
 
 class Monitored(Protocol):
@@ -50,11 +51,49 @@ def is_kind(obj: object, name: str) -> bool:
     return name in {kind.__name__ for kind in type(obj).__mro__}
 
 
+def check_switches(**switches: Any) -> None:
+    """Refuse a switch that is no bool.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            refuse("TrustRegionMonitor", name, "a bool", value, TypeError)
+
+
 def find_optimizers(optimizers: Iterable[Any]) -> dict[str, Monitored]:
     """Return the SOAA optimizers by the suffix of their keys: ``""``, ``"-1"``, ``"-2"``."""
     raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning and DeepSpeed wrap
     found = [optimizer for optimizer in raw if optimizer.param_groups[0].keys() >= NUMBERS]
     return {f"-{index}" if index else "": optimizer for index, optimizer in enumerate(found)}
+
+
+def require_optimizers(optimizers: Sequence[Any]) -> dict[str, Monitored]:
+    """Return what :func:`find_optimizers` does.
+
+    Raises:
+        ValueError: there is none, or two parameter groups of one have the same name.
+    """
+    found = find_optimizers(optimizers)
+    if not found:
+        names = [type(optimizer).__name__ for optimizer in optimizers]
+        raise ValueError(
+            f"TrustRegionMonitor: `optimizers` must be one SOAA at least, got {names}; add SOAAMixin to the "
+            "LightningModule, return SOAA(...) from configure_optimizers, or leave the monitor out"
+        )
+    for optimizer in found.values():
+        group_names(optimizer.param_groups)
+    return found
+
+
+def numbers_of(optimizers: Mapping[str, Monitored]) -> list[tuple[Any, ...]]:
+    """Return of each optimizer the numbers that are others after a step that has anything to tell: no wait."""
+    heads = [optimizer.param_groups[0] for optimizer in optimizers.values()]
+    return [
+        (head["radius"], head["checks"], head["accepted_checks"], head["skipped_steps"], *map(head.get, _MORE))
+        for head in heads
+    ]
 
 
 def counts_of(optimizer: Monitored) -> Counts:
@@ -120,6 +159,17 @@ def check_layers(layers: Any) -> int | tuple[str, ...]:
     if not names or not all(isinstance(name, str) for name in layers):
         refuse("TrustRegionMonitor", "layers", "a whole number or names of modules", layers, TypeError)
     return tuple(layers)
+
+
+def count_values(optimizer: Monitored, suffix: str) -> dict[str, float]:
+    """Return what is logged of the numbers in the first group."""
+    head = optimizer.param_groups[0]
+    return {
+        f"trust_region{suffix}/radius": head["radius"],
+        f"trust_region{suffix}/rejects": head["checks"] - head["accepted_checks"],
+        f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
+        f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
+    }
 
 
 def report_values(report: StepReport | None, suffix: str, *, rotates: bool = False) -> dict[str, float]:

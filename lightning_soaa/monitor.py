@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_soaa._checks import refuse
 from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
 from lightning_soaa._compat import accumulating, say, shadow_bar, unshadow_bar, warn
 from lightning_soaa._details import Details, make_details, write_distributions, write_layout
@@ -18,12 +17,15 @@ from lightning_soaa._rows import (
     Monitored,
     bar_rows,
     check_layers,
+    check_switches,
+    count_values,
     counts_of,
     find_optimizers,
-    group_names,
     group_values,
+    numbers_of,
     radius_of,
     report_values,
+    require_optimizers,
     run_row,
     trials_of,
 )
@@ -103,10 +105,7 @@ class TrustRegionMonitor(Callback):
         check_time: bool = False,
         layout: bool = True,
     ) -> None:
-        switches = {"console": console, "advice": advice, "histograms": histograms}
-        for name, value in {**switches, "check_time": check_time, "layout": layout}.items():
-            if not isinstance(value, bool):
-                refuse("TrustRegionMonitor", name, "a bool", value, TypeError)
+        check_switches(console=console, advice=advice, histograms=histograms, check_time=check_time, layout=layout)
         self.layers = check_layers(layers)
         self.console, self.advice, self.histograms = console, advice, histograms
         self.check_time, self.layout = check_time, layout
@@ -120,6 +119,8 @@ class TrustRegionMonitor(Callback):
         self._clock = BatchClock(torch.device("cpu"))
         self._trials = 0
         self._found: dict[str, Monitored] = {}
+        self._numbers: list[tuple[Any, ...]] = []  # of the optimizers, where anything was last told
+        self._bar: tuple[Any, dict[str, str]] = ({}, {})  # numbers that the bar shows, and their text
         self._kept: list[Any] = []  # what Lightning keeps the last row's values in, until it has written them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,15 +130,7 @@ class TrustRegionMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
-        self._found = found = find_optimizers(trainer.optimizers)
-        if not found:
-            names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-            raise ValueError(
-                f"TrustRegionMonitor: `optimizers` must be one SOAA at least, got {names}; add SOAAMixin to the "
-                "LightningModule, return SOAA(...) from configure_optimizers, or leave the monitor out"
-            )
-        for optimizer in found.values():
-            group_names(optimizer.param_groups)
+        self._found = found = require_optimizers(trainer.optimizers)
         self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in found}
         self._clock, self._range = BatchClock(pl_module.device), dict.fromkeys(found, (inf, -inf))
         self._details = make_details(pl_module.named_parameters(), found, self.layers, histograms=self.histograms)
@@ -148,6 +141,7 @@ class TrustRegionMonitor(Callback):
             counts = counts_of(optimizer)
             self._epoch_start.setdefault(suffix, counts)
             self._watches[suffix] = Watch(counts["checks"], counts["accepted_checks"])
+        self._numbers, self._trials = [], trials_of(self._found)
         if self.layout and trainer.is_global_zero and rows_possible(trainer):
             write_layout(trainer.loggers)
         bar = trainer.progress_bar_callback
@@ -165,7 +159,6 @@ class TrustRegionMonitor(Callback):
         if self._kept:
             pass_over(trainer, self._kept)
             self._kept = []
-        self._trials = trials_of(self._found)
         self._clock.start()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -179,9 +172,13 @@ class TrustRegionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the numbers on the host; add values to the row of this batch, if there will be one."""
-        row_due, waiting = row_follows(trainer), accumulating(trainer)
-        kind = CHECKED if trials_of(self._found) > self._trials else UNCHECKED
-        self._clock.stop(OTHER if waiting else kind)
+        row_due, waiting, numbers = row_follows(trainer), accumulating(trainer), numbers_of(self._found)
+        if numbers == self._numbers and not row_due:  # most batches: a step without a check
+            self._clock.stop(OTHER if waiting else UNCHECKED)
+            return
+        trials, self._numbers = trials_of(self._found), numbers
+        self._clock.stop(OTHER if waiting else CHECKED if trials > self._trials else UNCHECKED)
+        self._trials = trials
         # Under manual optimization the trainer writes rows for batches that only accumulate, too: no step, no report.
         stepped = row_due and not waiting
         values: dict[str, float] = {}
@@ -196,8 +193,8 @@ class TrustRegionMonitor(Callback):
             self._advise(trainer, suffix, optimizer, report)
         if row_due:
             # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
-            row = {key: torch.tensor(value, dtype=torch.float64, device="cpu") for key, value in values.items()}
-            self._kept = log_row(trainer, pl_module, row)
+            row = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu").unbind()
+            self._kept = log_row(trainer, pl_module, dict(zip(values, row, strict=True)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""
@@ -218,9 +215,8 @@ class TrustRegionMonitor(Callback):
         bar = trainer.progress_bar_callback
         if bar is None or not self.console or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
             return
-        share = self._clock.check_share()
         rows = [
-            run_row(suffix, optimizer, self._range[suffix], share, self._said.get(suffix, []))
+            run_row(suffix, optimizer, self._range[suffix], self._clock.check_share(), self._said.get(suffix, []))
             for suffix, optimizer in find_optimizers(trainer.optimizers).items()
         ]
         say(bar, render(run_lines(rows)))
@@ -256,13 +252,9 @@ class TrustRegionMonitor(Callback):
 
     def _row(self, suffix: str, optimizer: Monitored, report: StepReport | None) -> dict[str, float]:
         """Return what is logged of an optimizer; all processes must call it."""
-        head = optimizer.param_groups[0]
         return {
-            f"trust_region{suffix}/radius": head["radius"],
+            **count_values(optimizer, suffix),
             f"trust_region{suffix}/acceptance_rate": self._epoch_so_far(suffix, optimizer)["acceptance_rate"],
-            f"trust_region{suffix}/rejects": head["checks"] - head["accepted_checks"],
-            f"trust_region{suffix}/skipped_steps": head["skipped_steps"],
-            f"trust_region{suffix}/outlier_steps": head.get("outlier_steps", 0),
             **report_values(report, suffix, rotates=getattr(optimizer, "rotates", False)),
             **({f"trust_region{suffix}/check_time_share": self._clock.check_share()} if self.check_time else {}),
             **(self._details[suffix].values(suffix, report) if suffix in self._details else {}),
@@ -271,10 +263,8 @@ class TrustRegionMonitor(Callback):
 
     def _advise(self, trainer: Trainer, suffix: str, optimizer: Monitored, report: StepReport | None) -> None:
         """Look at an optimizer's numbers, and at its report if there is one; warn of what has not been said yet."""
-        if not self.advice:
-            return
         watch = self._watches[suffix]
-        if not watch.see_news(optimizer.param_groups[0], report):
+        if not (self.advice and watch.see_news(optimizer.param_groups[0], report)):
             return
         for kind, text in advise(watch):
             said = self._said.setdefault(suffix, [])
@@ -294,8 +284,10 @@ class TrustRegionMonitor(Callback):
 
     def _beside_the_bar(self, trainer: Trainer, shown: dict[str, Any]) -> dict[str, Any]:
         """Return what the progress bar shows, with radius and acceptance rate: numbers that are on the host already."""
-        found = self._found or find_optimizers(trainer.optimizers)
-        return beside(shown, bar_entries(bar_rows(found, self._epoch_start)))
+        numbers = bar_rows(self._found or find_optimizers(trainer.optimizers), self._epoch_start)
+        if numbers != self._bar[0]:
+            self._bar = numbers, bar_entries(numbers)
+        return beside(shown, self._bar[1])
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
         """Return the epoch's figures over all processes; all of them must call it.

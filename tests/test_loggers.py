@@ -25,7 +25,7 @@ KEYS = TRUST_REGION | FISHER
 
 
 class Own(Logger):
-    """A user's own logger, the least that Lightning asks for."""
+    """A user's own logger, the least that Lightning asks for; as LitLogger, it takes nothing but numbers."""
 
     name, version = "own", 0
 
@@ -204,3 +204,19 @@ def test_wandb_gets_histograms_at_the_steps_of_the_rows(tmp_path):
                 assert len(row[f"{key}/values"]) == 64
                 assert row[f"{key}/_type"] == "histogram"
     assert steps == [3, 7]
+
+
+def test_one_run_writes_the_same_to_tensorboard_csv_wandb_and_mlflow(tmp_path):
+    made = {make.__name__: make(tmp_path) for make in (tensorboard, csv, wandb, mlflow)}
+    torch.manual_seed(0)
+    loggers = [logger for logger, _ in made.values()]
+    run = trainer(tmp_path, logger=loggers, max_epochs=2, log_every_n_steps=3)
+    run.fit(Mixed(RatioRadius()), loader())
+    found = {name: read() for name, (_, read) in made.items()}
+    for key in KEYS:
+        steps, values = zip(*found["csv"][key], strict=True)
+        assert steps == (2, 5, 8, 11, 14)
+        for name in ("tensorboard", "wandb", "mlflow"):
+            assert tuple(step for step, _ in found[name][key]) == steps, (name, key)
+            logged = [value for _, value in found[name][key]]
+            assert logged == pytest.approx(values, rel=1e-6, nan_ok=True), (name, key)

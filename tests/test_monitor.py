@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, StepReport
-from lightning_soaa.monitor import TrustRegionMonitor, find_optimizers, group_names
+from lightning_soaa._rows import find_optimizers, group_names
+from lightning_soaa.monitor import TrustRegionMonitor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
