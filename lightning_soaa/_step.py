@@ -100,7 +100,7 @@ class Stepper:
                 heard[:2] = (0, 0)
             self.unread.beside(proposal, params).settle(head, self.state, heard)
             after = Unread(gate=now.gate if proposal.gate is None else proposal.gate)
-            if known["checked"]:
+            if known["checked"] and rule.fresh_slopes:
                 moved = known["accepted"]
                 keep_portions(params if moved else (), self.state, slopes if moved else (), moves=rule.portions)
         else:
