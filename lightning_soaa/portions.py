@@ -48,31 +48,32 @@ def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Seq
     Args:
         known: what is known of each tensor.
         promised: what its part of the check's step promised.
-        left: what the next gradient found along it. Where a figure is not finite nothing is learned.
+        left: what the next gradient found along it. Where a figure is not finite nothing is learned, nor of a tensor
+            that promised nothing.
     """
     if not all(isfinite(value) for value in (*promised, *left)):
         return list(known)
-    averages = [
-        (
-            MEMORY * each.promised + (1 - MEMORY) * max(0.0, new),
-            MEMORY * each.left + (1 - MEMORY) * slope,
-        )
-        for each, new, slope in zip(known, promised, left, strict=True)
-    ]
+    kept = [(each, p, q) for each, p, q in zip(known, promised, left, strict=True) if p > 0]
+    averages = [(_average(each.promised, p), _average(each.left, q)) for each, p, q in kept]
     whole = sum(p for p, _ in averages)
-    if whole <= 0:
-        return list(known)
-    overall = _share(sum(q for _, q in averages), whole)
+    overall = _share(sum(q for _, q in averages), whole) if averages else 0.0
     logs = [
-        KEPT * log(each.portion) + GAIN * (_share(q, p) - overall if p > 0 else 0.0)
-        for each, (p, q) in zip(known, averages, strict=True)
+        KEPT * log(each.portion) + GAIN * (_share(q, p) - overall)
+        for (each, *_), (p, q) in zip(kept, averages, strict=True)
     ]
     mean = sum(p / whole * value for (p, _), value in zip(averages, logs, strict=True))
-    widest = log(WIDEST)
-    return [
-        Portion(exp(min(widest, max(-widest, value - mean))), p, q)
-        for value, (p, q) in zip(logs, averages, strict=True)
-    ]
+    moved = iter([Portion(_within(value - mean), p, q) for value, (p, q) in zip(logs, averages, strict=True)])
+    return [next(moved) if p > 0 else each for each, p in zip(known, promised, strict=True)]
+
+
+def _average(known: float, new: float) -> float:
+    """Return a running average with its newest figure."""
+    return MEMORY * known + (1 - MEMORY) * new
+
+
+def _within(logarithm: float) -> float:
+    """Return the portion of a logarithm, within its bounds."""
+    return exp(min(log(WIDEST), max(-log(WIDEST), logarithm)))
 
 
 def _share(left: float, promised: float) -> float:
