@@ -3,12 +3,13 @@
 python docs/pictures.py            # one or two minutes; writes docs/pictures/*.png
 
 Three runs under Lightning are drawn as the report draws them. In a plain loop, SOAA and AdamW are run at rates that lie
-a factor 10**6 apart, with a constant rate and with a cosine.
+a factor 10**6 apart, with a constant rate and with a cosine. ``--only cost`` makes the picture of a step's cost alone.
 """
 
 import argparse
 import math
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soaa import SOAA, SOAAMixin
@@ -39,6 +41,18 @@ NAMES = {"healthy": "a healthy run", "small-batch": "batches of two", "poisoned"
 STEPS = 300
 RATES = tuple(4.0**exponent for exponent in range(-10, 2))  # 1e-6 to 4; powers of two, since schedules round others
 SEEDS, HELD_OUT = 3, 360
+
+# What operations of torch are for.
+WORK = {
+    "AdamW's kernel": {"fused_adamw"},
+    "averages, moves": {"add", "lerp", "addcmul", "addcdiv"},
+    "products, mask": {"mul", "threshold_backward", "maximum"},
+    "roots, quotients": {"sqrt", "div"},
+    "norms, sums": {"linalg_vector_norm", "norm", "sum"},
+    "copies, zeros": {"copy", "clone", "zero", "zeros_like", "fill"},
+}
+REST = "python, small things"
+COLORS = (ORANGE, BLUE, "#6aa0d8", "#7bbf8e", "#b9a3d6", "#d8c06a", GREY)
 
 Runs = dict[float, list[tuple[float, list[float]]]]  # by rate, for each seed: final loss, and the bound of each step
 # Batches that are poisoned: inputs times 100 with wrong labels, or a loss that is nan.
@@ -164,6 +178,77 @@ def draw_bounds(axes: Any, adamw: Runs, soaa: Runs, title: str) -> None:
     axes.legend(fontsize=7, frameon=False, loc="lower center")
 
 
+class Spent(TorchDispatchMode):
+    """Adds up the processor's milliseconds that torch's operations take, by what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_work = dict.fromkeys(WORK, 0.0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.thread_time()
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.removeprefix("_foreach_").strip("_")
+        for work, names in WORK.items():
+            if name in names:
+                self.by_work[work] += 1e3 * (time.thread_time() - start)
+        return out
+
+
+def timed(step: Any, rounds: int) -> dict[str, float]:
+    """Return the processor's milliseconds that a step takes, by what is done: medians over rounds."""
+    wholes, parts = [], []
+    for _ in range(rounds):
+        start = time.thread_time()
+        step()
+        wholes.append(1e3 * (time.thread_time() - start))
+        with Spent() as spent:
+            step()
+        parts.append(spent.by_work)
+    found = {work: median(part[work] for part in parts) for work in WORK}
+    return {**found, REST: max(0.0, median(wholes) - sum(found.values()))}
+
+
+def draw_cost(folder: Path) -> None:
+    """Draw what the time of a step goes to: AdamW's, SOAA's between checks and on a check."""
+    steps = {}
+    for name in ("AdamW, foreach", "AdamW, fused", "SOAA between checks", "SOAA on a check"):
+        params = [nn.Parameter(torch.randn(500, 500)) for _ in range(12)]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        if name.startswith("AdamW"):
+            steps[name] = torch.optim.AdamW(params, foreach="foreach" in name, fused="fused" in name).step
+        else:
+            steps[name] = after_burn_in(SOAA(params), checks="on a check" in name)
+    for step in steps.values():
+        step()
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes, ends = figure.subplots(), dict.fromkeys(steps, 0.0)
+    times = {name: timed(step, 15) for name, step in reversed(steps.items())}
+    for color, label in zip(COLORS, [*WORK, REST], strict=True):
+        widths = [spent[label] for spent in times.values()]
+        axes.barh(list(times), widths, left=[ends[name] for name in times], color=color, label=label, height=0.6)
+        ends = {name: ends[name] + spent[label] for name, spent in times.items()}
+    axes.set(xlabel="ms a step, 3 million parameters, one thread")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, folder / "cost.png")
+    print(
+        f"{folder / 'cost.png'}: " + ", ".join(f"{name} {sum(spent.values()):.1f} ms" for name, spent in times.items())
+    )
+
+
+def after_burn_in(optimizer: SOAA, *, checks: bool) -> Any:
+    """Return a step of an optimizer whose burn-in is over, a check or not."""
+    head, loss, lower = optimizer.param_groups[0], torch.tensor(1.0), torch.tensor(1.0 - 1e-9)
+    numbers = {"rule_phase": 0, "rule_steady": 0.0, "radius": 1e-6, "rule_scale": 1.0, "gradient_rms": 1.0}
+
+    def step() -> None:
+        head.update({**numbers, "checked_slope": 0.0, "unchecked_steps": 10**9 if checks else 0})
+        optimizer.step(lambda: loss, loss_closure=lambda: lower)
+
+    return step
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure on white."""
     for axes in figure.axes:
@@ -191,10 +276,14 @@ def compare(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write the pictures")
+    parser.add_argument("--only", choices=("cost",), help="make this picture alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of workers that a data set in memory does not need, and the advice of bad runs
     options.folder.mkdir(parents=True, exist_ok=True)
+    draw_cost(options.folder)
+    if options.only:
+        return
     panels = [panel for panel in PANELS if panel.title in SHOWN]
     with tempfile.TemporaryDirectory() as logs:
         for name in NAMES:

@@ -105,9 +105,10 @@ def box_direction(
             denominator = second.sqrt()
         else:
             corrected = second / correction2
-            denominator = torch.maximum(corrected.sqrt(), corrected.mul_(scale * radius))
+            denominator = corrected.sqrt()
+            torch.maximum(denominator, corrected.mul_(scale * radius), out=denominator)
         denominator.add_(shift)
-        directions.append((first / denominator).mul_(factor))
+        directions.append(torch.div(first, denominator, out=denominator).mul_(factor))
     return directions
 
 

@@ -59,6 +59,30 @@ def test_blocks_hold_every_coordinate_once_and_no_more_than_fits(which, transpos
             assert all(torch.equal(t, p + 0.25) for t, p in zip(spread, block.params, strict=True))
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(shapes.filter(bool), st.booleans())
+def test_parts_of_blocks_hold_every_coordinate_once_and_no_more_than_fits(which, transposed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "CACHED", 16)
+        patch.setattr(sizes, "SMALL", 4)
+        tensors, start = [], 0
+        for shape in which:
+            tensor = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+            tensors.append(tensor.T.contiguous().T if transposed and tensor.ndim == 2 else tensor)
+            start += tensor.numel()
+        blocks = divide(bucket_of(tensors), whole=True)
+        assert sum(block.whole for block in blocks) <= 1
+        assert all(block.numel <= 16 for block in blocks if not block.whole)
+        parts = [part for block in blocks for part in block.parts()]
+        assert all(part.numel <= 16 or not part.params[0].is_contiguous() for part in parts)
+        entries = torch.cat([param.flatten() for part in parts for param in part.params])
+        assert sorted(entries.tolist()) == list(range(start))
+        for part in parts:
+            flat = torch.cat([param.flatten() for param in part.params])
+            assert torch.equal(torch.cat([grad.flatten() for grad in part.grads]), flat + 0.25)
+            assert torch.equal(torch.cat([tensor.flatten() for tensor in part.state["m"]]), flat + 0.5)
+
+
 def test_what_is_done_to_a_block_arrives_in_the_tensors_themselves(tiny):
     tensors = [torch.zeros(shape, dtype=torch.float64) for shape in ((2,), (5, 9), (), (2, 2), (45,))]
     tensors[1] = tensors[1].T

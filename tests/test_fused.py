@@ -19,6 +19,7 @@ from lightning_soaa._moments import (
     box_direction,
     compiled_stride,
     drop_disagreement,
+    move,
     stride,
     stride_numbers,
     update_moments,
@@ -69,6 +70,43 @@ def test_a_run_is_that_of_the_for_loop_up_to_rounding(options):
             assert value == slow[key] or key.endswith("foreach"), key
         else:
             torch.testing.assert_close(value, slow[key], rtol=1e-8, atol=1e-12, check_device=False)
+
+
+def test_parts_change_a_run_by_the_rounding_of_its_sums_only(monkeypatch):
+    """Tensors are cut between and on checks; one batch is skipped."""
+    facts = []
+    for cut in (False, True):
+        if cut:
+            monkeypatch.setattr(sizes, "CACHED", 7)
+            monkeypatch.setattr(sizes, "SMALL", 3)
+        problem = Problem("ratio", weight_decay=0.1)
+        for step in range(60):
+            if step == 20:
+                problem.optimizer.param_groups[0].update(AFTER_BURN_IN)
+            problem.spoil = float("nan") if step == 33 else 1.0
+            problem.step()
+        facts.append(problem.facts())
+    for key, value in facts[0].items():
+        if isinstance(value, str | bool | None):
+            assert value == facts[1][key], key
+        else:
+            torch.testing.assert_close(value, facts[1][key], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [None, 0.9])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_parameters_of_16_bits_are_moved_as_one_mixed_operation_would(keep, foreach):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.rand(50, generator=generator).bfloat16() for _ in range(2)]
+    directions = [torch.rand(50, generator=generator) - 0.5 for _ in range(2)]
+    wanted = [p.clone() for p in params]
+    kept = None if keep is None else torch.tensor(keep, dtype=torch.float64)
+    for p, u in zip(wanted, directions, strict=True):
+        if kept is not None:
+            p.mul_(kept)
+        p.add_(u, alpha=-0.3)
+    move(params, directions, lr=0.3, keep=kept, foreach=foreach)
+    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
 
 
 def test_between_checks_it_takes_one_call_for_all_small_tensors(monkeypatch):
