@@ -33,7 +33,7 @@ from lightning_soaa._bases import (
     rotated_sides,
     turn_moments,
 )
-from lightning_soaa._bucket import Bucket, block_size, divide, flatten, stacked_view
+from lightning_soaa._bucket import Bucket, block_size, divide, flatten, one_view, stacked_view, unflatten
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
 from lightning_soaa._moments import drop_disagreement
@@ -64,14 +64,44 @@ def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callab
     return cast("Callable[Concatenate[Any, Bucket, P], T]", precise)
 
 
-def stacked(flat: Tensor, bucket: Bucket) -> Tensor:
-    """Return the flat tensor of a stack of parameters as matrices (n, a, b), first dimension by all others."""
-    return flat.view(len(bucket.params), bucket.params[0].shape[0], -1)
+@dataclass
+class Frame:
+    """Factors and bases of n parameters of one shape, in stacks.
+
+    Args:
+        place: where the parameters are in the flat tensors of their block.
+        shape: (n, a, b), first dimension by all others.
+        state: of each key of the frame, a stack.
+        packed: of these, the tensors of the state, where a stack is no view of them.
+        phases: when the bases of each side have their turn.
+    """
+
+    place: slice
+    shape: tuple[int, int, int]
+    state: dict[str, Tensor]
+    packed: dict[str, list[Tensor]]
+    phases: tuple[int, int] = (0, 0)
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Return the bases of rows and columns."""
+        return self.state[LEFT_BASIS], self.state[RIGHT_BASIS]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the parameters' part of a flat tensor, as matrices."""
+        return flat[self.place].view(self.shape)
+
+    def store(self) -> None:
+        """Bring what has been done to copies to the state."""
+        for key, tensors in self.packed.items():
+            torch._foreach_copy_(tensors, list(self.state[key].unbind()))
 
 
-def bases(bucket: Bucket) -> tuple[Tensor, Tensor]:
-    """Return the bases of a stack of parameters."""
-    return bucket.frame[LEFT_BASIS], bucket.frame[RIGHT_BASIS]
+def in_bases(bucket: Bucket, flat: Tensor, turned: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Return a flat tensor with each matrix in it turned by its bases: :func:`rotate`, or :func:`rotate_back`."""
+    if len(bucket.frames) == 1:
+        return turned(bucket.frames[0].of(flat), *bucket.frames[0].bases).view(-1)
+    return torch.cat([turned(frame.of(flat), *frame.bases).view(-1) for frame in bucket.frames])
 
 
 @dataclass(frozen=True)
@@ -143,46 +173,56 @@ class KroneckerFisher(AbstractFisher):
         return total
 
     def lay_out(self, states: Sequence[dict[str, Any]]) -> None:
-        """Stack the state of rotated parameters of one shape, in order, and lay that of others as DiagonalFisher does.
+        """Stack the frames of rotated parameters of one shape, their moments behind each other, and lay out all others.
 
         (`states` modified.)
         """
-        kinds: dict[Any, list[dict[str, Any]]] = {}
+        kinds: dict[Any, dict[torch.Size, list[dict[str, Any]]]] = {}
+        rest = [{key: each[key] for key in (MOMENT, SQUARE)} for each in states if not each[AGE].numel()]
         for each in states:
-            kinds.setdefault((each[MOMENT].shape, each[MOMENT].device, each[MOMENT].dtype), []).append(each)
-        rest = [each for each in states if not each[AGE].numel()]
-        for alike in kinds.values():
-            if alike[0][AGE].numel():
-                for key in (MOMENT, SQUARE, *FRAME):
-                    for each, tensor in zip(alike, torch.stack([one[key] for one in alike]).unbind(), strict=True):
-                        each[key] = tensor
-        moments = [{key: each[key] for key in (MOMENT, SQUARE)} for each in rest]
-        DIAGONAL.lay_out(moments)
-        for each, moved in zip(rest, moments, strict=True):
+            if each[AGE].numel():
+                moment = each[MOMENT]
+                kinds.setdefault((moment.device, moment.dtype), {}).setdefault(moment.shape, []).append(each)
+        for shapes in kinds.values():
+            for alike in shapes.values():
+                for key in FRAME:
+                    _move(alike, key, torch.stack([one[key] for one in alike]).unbind())
+            ordered = [each for alike in shapes.values() for each in alike]
+            for key in (MOMENT, SQUARE):
+                tensors = [each[key] for each in ordered]
+                _move(ordered, key, unflatten(flatten(tensors), tensors))
+        DIAGONAL.lay_out(rest)
+        for each, moved in zip([each for each in states if not each[AGE].numel()], rest, strict=True):
             each.update(moved)
 
     def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
-        """Return stacks of the rotated parameters of one shape, and the others as DiagonalFisher is given them."""
+        """Return the rotated parameters, sorted by shape, in flat parts, and others as DiagonalFisher is given them."""
         kinds: dict[Any, list[int]] = {}
         for index, (param, age) in enumerate(zip(bucket.params, bucket.state[AGE], strict=True)):
             kinds.setdefault(param.shape if age.numel() else None, []).append(index)
-        blocks, rest = list[Bucket](), kinds.pop(None, [])
+        rest, most = kinds.pop(None, []), block_size(bucket.device)
+        parts, room = list[list[list[int]]](), 0
         for shape, rows in kinds.items():
-            room = max(1, block_size(bucket.device) // max(1, shape.numel()))
-            blocks += [_stack(bucket, rows[first : first + room]) for first in range(0, len(rows), room)]
-        sides = tuple((len(block.params), block.frame[key].shape[1]) for block in blocks for key, _ in SIDES)
+            step = max(1, most // shape.numel())
+            for first in range(0, len(rows), step):
+                some = rows[first : first + step]
+                if not parts or len(some) * shape.numel() > room:
+                    parts.append([])
+                    room = most
+                parts[-1].append(some)
+                room -= len(some) * shape.numel()
+        blocks = [_block(bucket, stacks) for stacks in parts]
+        frames = [frame for block in blocks for frame in block.frames]
+        sides = tuple((frame.shape[0], frame.state[key].shape[1]) for frame in frames for key, _ in SIDES)
         phases = iter(offsets(sides, self.refresh_every))
-        for block in blocks:
-            block.phases = (next(phases), next(phases))
-        others = list[Bucket]()
+        for frame in frames:
+            frame.phases = (next(phases), next(phases))
         if rest:
             params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
-            others = divide(replace(bucket, params=params, grads=grads, state=state))
-        for block in (*blocks, *others):
-            block.coordinates = 0
-        for first in (*blocks, *others)[:1]:
-            first.coordinates = bucket.coordinates
-        return blocks + others
+            blocks += divide(replace(bucket, params=params, grads=grads, state=state))
+        for index, block in enumerate(blocks):
+            block.coordinates = 0 if index else bucket.coordinates
+        return blocks
 
     @without_autocast
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
@@ -196,60 +236,65 @@ class KroneckerFisher(AbstractFisher):
 
     def _inside(self, bucket: Bucket) -> Bucket:
         """Return the bucket with its gradients in the bases."""
-        if not bucket.frame:
+        if not bucket.frames:
             return bucket
         if not bucket.rotated:
-            bucket.rotated.append(rotate(stacked(bucket.grads[0], bucket), *bases(bucket)).view(-1))
+            bucket.rotated.append(in_bases(bucket, bucket.grads[0], rotate))
         return replace(bucket, grads=bucket.rotated)
 
     @without_autocast
     def turn(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Let the factors absorb the gradients where `ok`, and refresh the bases whose turn it is."""
-        if not bucket.frame:
-            return
-        frame, grads = bucket.frame, stacked(bucket.grads[0], bucket)
-        grads = grads if ok is None else torch.where(ok, grads, 0.0)
-        first = bucket.step == 1
-        for side, (factor, _) in enumerate(SIDES):
-            if frame[factor].numel():
-                frame[AGE][:, side].add_(gated(ok, 1.0, 0.0))
+        for frame in bucket.frames:
+            grads = frame.of(bucket.grads[0])
+            grads = grads if ok is None else torch.where(ok, grads, 0.0)
+            self._absorb(frame, grads, ok, first=bucket.step == 1)
+            if bucket.step == 1:
+                self._begin(bucket, frame, grads, ok)
+            else:
+                for side in (0, 1):
+                    self._refresh(bucket, frame, ok, side)
+            frame.store()
+        if bucket.frames:
+            bucket.store()
+
+    def _absorb(self, frame: Frame, grads: Tensor, ok: Tensor | None, *, first: bool) -> None:
+        """Let the factors absorb gradients, zero where not `ok`, and age the bases."""
+        for side, (key, _) in enumerate(SIDES):
+            factor = frame.state[key]
+            if factor.numel():
+                frame.state[AGE][:, side].add_(gated(ok, 1.0, 0.0))
                 rows = grads if side == 0 else grads.mT
                 keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
                 if ok is not None:
-                    frame[factor].mul_(gated(ok, keep, 1.0))
+                    factor.mul_(gated(ok, keep, 1.0))
                     keep = 1.0
-                frame[factor].baddbmm_(rows, rows.mT, beta=keep, alpha=add)
-                if not first:
-                    self._refresh(bucket, ok, side)
-        if first:
-            self._begin(bucket, grads, ok)
-        bucket.store()
-        bucket.store_frame()
+                factor.baddbmm_(rows, rows.mT, beta=keep, alpha=add)
 
-    def _begin(self, bucket: Bucket, grads: Tensor, ok: Tensor | None) -> None:
+    def _begin(self, bucket: Bucket, frame: Frame, grads: Tensor, ok: Tensor | None) -> None:
         """Make the bases of a stack whose factors hold their first gradient, and set the moments anew in them."""
-        frame = bucket.frame
         for factor, basis in SIDES:
-            if frame[factor].numel():
-                new = first_bases(frame[factor], frame[basis])
-                frame[basis].copy_(new if ok is None else torch.where(ok, new, frame[basis]))
-        frame[AGE].zero_()
-        rotated = rotate(grads, *bases(bucket)).view(-1)  # of the bases that are kept
-        bucket.state[MOMENT][0].copy_(rotated).mul_(1 - bucket.beta1)
-        bucket.state[SQUARE][0].copy_(rotated).square_().mul_(1 - bucket.beta2)
+            if frame.state[factor].numel():
+                old = frame.state[basis]
+                new = first_bases(frame.state[factor], old)
+                old.copy_(new if ok is None else torch.where(ok, new, old))
+        frame.state[AGE].zero_()
+        rotated = rotate(grads, *frame.bases)  # in the bases that are kept
+        frame.of(bucket.state[MOMENT][0]).copy_(rotated).mul_(1 - bucket.beta1)
+        frame.of(bucket.state[SQUARE][0]).copy_(rotated).square_().mul_(1 - bucket.beta2)
 
-    def _refresh(self, bucket: Bucket, ok: Tensor | None, side: int) -> None:
+    def _refresh(self, bucket: Bucket, frame: Frame, ok: Tensor | None, side: int) -> None:
         """Turn those bases of one side of a stack that have their turn, and the moments with them."""
-        factor, basis = (bucket.frame[key] for key in SIDES[side])
-        rows = due(bucket.step, bucket.phases[side], len(basis), self.refresh_every)
-        if rows.start == rows.stop:
+        factor, basis = (frame.state[key] for key in SIDES[side])
+        rows = due(bucket.step, frame.phases[side], len(basis), self.refresh_every)
+        if rows.start == rows.stop or not basis.numel():
             return
         old = basis[rows]
         new, order, turns = refreshed(factor[rows], old)
         turns = turns if ok is None else turns & ok
-        moment, square = (stacked(bucket.state[key][0], bucket)[rows] for key in (MOMENT, SQUARE))
+        moment, square = (frame.of(bucket.state[key][0])[rows] for key in (MOMENT, SQUARE))
         turned = turn_moments(moment, square, torch.bmm(new.mT, old), order, turns, side=side)
-        age = bucket.frame[AGE][rows, side]
+        age = frame.state[AGE][rows, side]
         for kept, value in ((moment, turned[0]), (square, turned[1]), (old, torch.where(turns, new, old))):
             kept.copy_(value)
         age.copy_(torch.where(turns.flatten(), 0.0, age))
@@ -287,17 +332,17 @@ class KroneckerFisher(AbstractFisher):
 
     def _back(self, bucket: Bucket, directions: list[Tensor], radius: float) -> list[Tensor]:
         """Return directions in the parameters' own coordinates, bounded in the bases; none before the second step."""
-        if not bucket.frame:
+        if not bucket.frames:
             return directions
         if bucket.step == 1:
             return [direction.zero_() for direction in directions]
-        return [rotate_back(stacked(u.clamp_(-radius, radius), bucket), *bases(bucket)).view(-1) for u in directions]
+        return [in_bases(bucket, u.clamp_(-radius, radius), rotate_back) for u in directions]
 
     @without_autocast
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket in the bases, 0-d."""
-        if bucket.frame:
-            directions = [rotate(stacked(u, bucket), *bases(bucket)).view(-1) for u in directions]
+        if bucket.frames:
+            directions = [in_bases(bucket, u, rotate) for u in directions]
         linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
         return linear - dots(bucket.state[SQUARE], [u * u for u in directions]) / bucket.correction2 / 2
 
@@ -314,14 +359,27 @@ def _rows(bucket: Bucket, rows: Sequence[int], keys: Sequence[str]) -> tuple[lis
     return lists[0], lists[1], dict(zip(keys, lists[2:], strict=True))
 
 
-def _stack(bucket: Bucket, rows: Sequence[int]) -> Bucket:
-    """Return parameters of one shape as one flat tensor, with their frame in stacks: views, or copies to be stored."""
-    params, grads, kept = _rows(bucket, rows, (MOMENT, SQUARE, *FRAME))
-    views = {key: stacked_view(tensors) for key, tensors in kept.items()}
-    packed = {key: kept[key] for key, view in views.items() if view is None}
-    frame = {key: torch.stack(kept[key]) if view is None else view for key, view in views.items()}
-    flat = grads[0].reshape(-1) if len(grads) == 1 else flatten(grads)
-    state = {key: [frame.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
-    part = replace(bucket, params=params, grads=[flat], state=state, frame=frame, packed=packed)
-    part.flat, part.rotated = True, []
-    return part
+def _move(states: Sequence[dict[str, Any]], key: str, tensors: Sequence[Tensor]) -> None:
+    """Give each state its tensor."""
+    for each, tensor in zip(states, tensors, strict=True):
+        each[key] = tensor
+
+
+def _block(bucket: Bucket, stacks: Sequence[Sequence[int]]) -> Bucket:
+    """Return stacks of parameters as one flat tensor with a frame each: views, or copies to be stored."""
+    params, grads, kept = _rows(bucket, [row for rows in stacks for row in rows], (MOMENT, SQUARE))
+    views = {key: one_view(tensors) for key, tensors in kept.items()}
+    state = {key: [flatten(kept[key]) if view is None else view] for key, view in views.items()}
+    block = replace(bucket, params=params, grads=[flatten(grads)], state=state, frames=[], rotated=[], flat=True)
+    block.packed = {key: kept[key] for key, view in views.items() if view is None}
+    start = 0
+    for rows in stacks:
+        shape = bucket.params[rows[0]].shape
+        place = slice(start, start := start + len(rows) * shape.numel())
+        parts = {key: [bucket.state[key][row] for row in rows] for key in FRAME}
+        found = {key: stacked_view(tensors) for key, tensors in parts.items()}
+        frame = {key: torch.stack(parts[key]) if view is None else view for key, view in found.items()}
+        packed = {key: parts[key] for key, view in found.items() if view is None}
+        matrices = (len(rows), shape[0], shape.numel() // shape[0])
+        block.frames.append(Frame(place, matrices, frame, packed))
+    return block
