@@ -12,7 +12,7 @@ orthonormal basis of eigenvectors; the moments are those of the gradient in thos
 The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, which it does once
 a step is over, the first moment is turned with it, and the second takes the order of the new columns.
 
-Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._bases`.
+Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._frames`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,17 +33,13 @@ from lightning_soaa._bases import (
     rotated_sides,
     turn_moments,
 )
-from lightning_soaa._bucket import Bucket, block_size, divide, flatten, one_view, stacked_view, unflatten
+from lightning_soaa._bucket import Bucket, divide
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
+from lightning_soaa._frames import AGE, SIDES, Frame, framed, in_bases, parts, some_of, sorted_by_shape, stack
 from lightning_soaa._moments import drop_disagreement
 from lightning_soaa._sums import dots, gated
 from lightning_soaa.fisher import MOMENT, SQUARE, AbstractFisher, DiagonalFisher, Unit, box
-
-LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"
-SIDES = ((LEFT, LEFT_BASIS), (RIGHT, RIGHT_BASIS))
-AGE = "basis_age"  # steps since each of the two bases was refreshed; no entries where neither side is rotated
-FRAME = (LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS, AGE)
 
 DIAGONAL = DiagonalFisher()
 
@@ -62,46 +58,6 @@ def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callab
             return method(self, bucket, *args, **kwargs)
 
     return cast("Callable[Concatenate[Any, Bucket, P], T]", precise)
-
-
-@dataclass
-class Frame:
-    """Factors and bases of n parameters of one shape, in stacks.
-
-    Args:
-        place: where the parameters are in the flat tensors of their block.
-        shape: (n, a, b), first dimension by all others.
-        state: of each key of the frame, a stack.
-        packed: of these, the tensors of the state, where a stack is no view of them.
-        phases: when the bases of each side have their turn.
-    """
-
-    place: slice
-    shape: tuple[int, int, int]
-    state: dict[str, Tensor]
-    packed: dict[str, list[Tensor]]
-    phases: tuple[int, int] = (0, 0)
-
-    @property
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """Return the bases of rows and columns."""
-        return self.state[LEFT_BASIS], self.state[RIGHT_BASIS]
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return the parameters' part of a flat tensor, as matrices."""
-        return flat[self.place].view(self.shape)
-
-    def store(self) -> None:
-        """Bring what has been done to copies to the state."""
-        for key, tensors in self.packed.items():
-            torch._foreach_copy_(tensors, list(self.state[key].unbind()))
-
-
-def in_bases(bucket: Bucket, flat: Tensor, turned: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Return a flat tensor with each matrix in it turned by its bases: :func:`rotate`, or :func:`rotate_back`."""
-    if len(bucket.frames) == 1:
-        return turned(bucket.frames[0].of(flat), *bucket.frames[0].bases).view(-1)
-    return torch.cat([turned(frame.of(flat), *frame.bases).view(-1) for frame in bucket.frames])
 
 
 @dataclass(frozen=True)
@@ -177,48 +133,24 @@ class KroneckerFisher(AbstractFisher):
 
         (`states` modified.)
         """
-        kinds: dict[Any, dict[torch.Size, list[dict[str, Any]]]] = {}
-        rest = [{key: each[key] for key in (MOMENT, SQUARE)} for each in states if not each[AGE].numel()]
-        for each in states:
-            if each[AGE].numel():
-                moment = each[MOMENT]
-                kinds.setdefault((moment.device, moment.dtype), {}).setdefault(moment.shape, []).append(each)
-        for shapes in kinds.values():
-            for alike in shapes.values():
-                for key in FRAME:
-                    _move(alike, key, torch.stack([one[key] for one in alike]).unbind())
-            ordered = [each for alike in shapes.values() for each in alike]
-            for key in (MOMENT, SQUARE):
-                tensors = [each[key] for each in ordered]
-                _move(ordered, key, unflatten(flatten(tensors), tensors))
+        stack([each for each in states if each[AGE].numel()])
+        others = [each for each in states if not each[AGE].numel()]
+        rest = [{key: each[key] for key in (MOMENT, SQUARE)} for each in others]
         DIAGONAL.lay_out(rest)
-        for each, moved in zip([each for each in states if not each[AGE].numel()], rest, strict=True):
+        for each, moved in zip(others, rest, strict=True):
             each.update(moved)
 
     def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
         """Return the rotated parameters, sorted by shape, in flat parts, and others as DiagonalFisher is given them."""
-        kinds: dict[Any, list[int]] = {}
-        for index, (param, age) in enumerate(zip(bucket.params, bucket.state[AGE], strict=True)):
-            kinds.setdefault(param.shape if age.numel() else None, []).append(index)
-        rest, most = kinds.pop(None, []), block_size(bucket.device)
-        parts, room = list[list[list[int]]](), 0
-        for shape, rows in kinds.items():
-            step = max(1, most // shape.numel())
-            for first in range(0, len(rows), step):
-                some = rows[first : first + step]
-                if not parts or len(some) * shape.numel() > room:
-                    parts.append([])
-                    room = most
-                parts[-1].append(some)
-                room -= len(some) * shape.numel()
-        blocks = [_block(bucket, stacks) for stacks in parts]
+        rotated, rest = sorted_by_shape(bucket)
+        blocks = [framed(bucket, stacks) for stacks in parts(rotated, bucket)]
         frames = [frame for block in blocks for frame in block.frames]
         sides = tuple((frame.shape[0], frame.state[key].shape[1]) for frame in frames for key, _ in SIDES)
         phases = iter(offsets(sides, self.refresh_every))
         for frame in frames:
             frame.phases = (next(phases), next(phases))
         if rest:
-            params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
+            params, grads, state = some_of(bucket, rest, (MOMENT, SQUARE))
             blocks += divide(replace(bucket, params=params, grads=grads, state=state))
         for index, block in enumerate(blocks):
             block.coordinates = 0 if index else bucket.coordinates
@@ -349,37 +281,3 @@ class KroneckerFisher(AbstractFisher):
     def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
         """Return least, largest and sum of F, and on how many coordinates it limits the step, shape (4,)."""
         return DIAGONAL.statistics(bucket, scale, radius)
-
-
-def _rows(bucket: Bucket, rows: Sequence[int], keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Return parameters, gradients and some of the state of some of the parameters of a bucket."""
-    lists = [bucket.params, bucket.grads, *(bucket.state[key] for key in keys)]
-    if len(rows) < len(bucket.params):
-        lists = [[kept[row] for row in rows] for kept in lists]
-    return lists[0], lists[1], dict(zip(keys, lists[2:], strict=True))
-
-
-def _move(states: Sequence[dict[str, Any]], key: str, tensors: Sequence[Tensor]) -> None:
-    """Give each state its tensor."""
-    for each, tensor in zip(states, tensors, strict=True):
-        each[key] = tensor
-
-
-def _block(bucket: Bucket, stacks: Sequence[Sequence[int]]) -> Bucket:
-    """Return stacks of parameters as one flat tensor with a frame each: views, or copies to be stored."""
-    params, grads, kept = _rows(bucket, [row for rows in stacks for row in rows], (MOMENT, SQUARE))
-    views = {key: one_view(tensors) for key, tensors in kept.items()}
-    state = {key: [flatten(kept[key]) if view is None else view] for key, view in views.items()}
-    block = replace(bucket, params=params, grads=[flatten(grads)], state=state, frames=[], rotated=[], flat=True)
-    block.packed = {key: kept[key] for key, view in views.items() if view is None}
-    start = 0
-    for rows in stacks:
-        shape = bucket.params[rows[0]].shape
-        place = slice(start, start := start + len(rows) * shape.numel())
-        parts = {key: [bucket.state[key][row] for row in rows] for key in FRAME}
-        found = {key: stacked_view(tensors) for key, tensors in parts.items()}
-        frame = {key: torch.stack(parts[key]) if view is None else view for key, view in found.items()}
-        packed = {key: parts[key] for key, view in found.items() if view is None}
-        matrices = (len(rows), shape[0], shape.numel() // shape[0])
-        block.frames.append(Frame(place, matrices, frame, packed))
-    return block
