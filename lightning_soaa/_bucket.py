@@ -61,12 +61,10 @@ class Bucket:
         last_bound: d of the last step.
         shards: the process groups over which the coordinates are spread; the tensors here are this rank's part.
         coordinates: their number, over all shards; of the parts of a bucket the first has that of all.
-        frame: what the Fisher's own coordinates rest on, if it has any, a stack of tensors by key; a step that may be
-            undone leaves it as it is.
-        phases: when the parts of the frame have their turn.
+        frames: what the Fisher's own coordinates rest on, if it has any; a step that may be undone leaves it as it is.
         rotated: the gradients in these coordinates; one list for all copies of the bucket.
         flat: `grads` and `state` are one flat tensor for many small ones each.
-        packed: of state and frame, the tensors themselves, where these are no views of them.
+        packed: of these, the state itself, where it is no view of it.
     """
 
     group: int
@@ -86,8 +84,7 @@ class Bucket:
     last_bound: float = 0.0
     shards: Shards = ()
     coordinates: int = 0
-    frame: dict[str, Tensor] = field(default_factory=dict)
-    phases: tuple[int, ...] = ()
+    frames: list[Any] = field(default_factory=list)
     rotated: list[Tensor] = field(default_factory=list)
     flat: bool = False
     packed: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -174,16 +171,9 @@ class Bucket:
         return unflatten(like_grads[0], self.params) if self.flat else list(like_grads)
 
     def store(self) -> None:
-        """Bring what has been done to copies of tensors of the state to the state itself."""
+        """Bring what has been done to copies of small tensors of the state to the state itself."""
         for name, tensors in self.packed.items():
-            if name in self.state:
-                torch._foreach_copy_(tensors, unflatten(self.state[name][0], tensors))
-
-    def store_frame(self) -> None:
-        """Bring what has been done to copies of tensors of the frame to the state itself."""
-        for name, tensors in self.packed.items():
-            if name in self.frame:
-                torch._foreach_copy_(tensors, list(self.frame[name].unbind()))
+            torch._foreach_copy_(tensors, unflatten(self.state[name][0], tensors))
 
 
 def block_size(device: torch.device) -> int:

@@ -12,7 +12,7 @@ orthonormal basis of eigenvectors; the moments are those of the gradient in thos
 The bases are those of arXiv 2409.11321; Fisher, box and trust region are SOAA's. When a basis turns, which it does once
 a step is over, the first moment is turned with it, and the second takes the order of the new columns.
 
-Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._bases`.
+Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._frames`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,17 +33,13 @@ from lightning_soaa._bases import (
     rotated_sides,
     turn_moments,
 )
-from lightning_soaa._bucket import Bucket, block_size, divide, flatten, stacked_view
+from lightning_soaa._bucket import Bucket, divide
 from lightning_soaa._checks import check_between, check_count
 from lightning_soaa._dist import is_sharded
+from lightning_soaa._frames import AGE, SIDES, Frame, framed, in_bases, parts, some_of, sorted_by_shape, stack
 from lightning_soaa._moments import drop_disagreement, drop_unmarked
 from lightning_soaa._sums import dots, gated
 from lightning_soaa.fisher import MOMENT, SQUARE, AbstractFisher, DiagonalFisher, Unit, box
-
-LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"
-SIDES = ((LEFT, LEFT_BASIS), (RIGHT, RIGHT_BASIS))
-AGE = "basis_age"  # steps since each of the two bases was refreshed; no entries where neither side is rotated
-FRAME = (LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS, AGE)
 
 DIAGONAL = DiagonalFisher()
 
@@ -62,16 +58,6 @@ def without_autocast(method: Callable[Concatenate[Any, Bucket, P], T]) -> Callab
             return method(self, bucket, *args, **kwargs)
 
     return cast("Callable[Concatenate[Any, Bucket, P], T]", precise)
-
-
-def stacked(flat: Tensor, bucket: Bucket) -> Tensor:
-    """Return the flat tensor of a stack of parameters as matrices (n, a, b), first dimension by all others."""
-    return flat.view(len(bucket.params), bucket.params[0].shape[0], -1)
-
-
-def bases(bucket: Bucket) -> tuple[Tensor, Tensor]:
-    """Return the bases of a stack of parameters."""
-    return bucket.frame[LEFT_BASIS], bucket.frame[RIGHT_BASIS]
 
 
 @dataclass(frozen=True)
@@ -143,47 +129,33 @@ class KroneckerFisher(AbstractFisher):
         return total
 
     def lay_out(self, states: Sequence[dict[str, Any]]) -> None:
-        """Stack the state of rotated parameters of one shape, in order, and lay that of others as DiagonalFisher does.
+        """Stack the frames of rotated parameters of one shape, their moments behind each other, and lay out all others.
 
         (`states` modified.)
         """
-        kinds: dict[Any, list[dict[str, Any]]] = {}
-        for each in states:
-            kinds.setdefault((each[MOMENT].shape, each[MOMENT].device, each[MOMENT].dtype), []).append(each)
-        rest = [each for each in states if not each[AGE].numel()]
-        for alike in kinds.values():
-            if alike[0][AGE].numel():
-                for key in (MOMENT, SQUARE, *FRAME):
-                    for each, tensor in zip(alike, torch.stack([one[key] for one in alike]).unbind(), strict=True):
-                        each[key] = tensor
-        moments = [{key: each[key] for key in (MOMENT, SQUARE)} for each in rest]
-        DIAGONAL.lay_out(moments)
-        for each, moved in zip(rest, moments, strict=True):
+        stack([each for each in states if each[AGE].numel()])
+        others = [each for each in states if not each[AGE].numel()]
+        rest = [{key: each[key] for key in (MOMENT, SQUARE)} for each in others]
+        DIAGONAL.lay_out(rest)
+        for each, moved in zip(others, rest, strict=True):
             each.update(moved)
 
     def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
-        """Return stacks of the rotated parameters of one shape, and the others as DiagonalFisher is given them."""
-        kinds: dict[Any, list[int]] = {}
-        for index, (param, age) in enumerate(zip(bucket.params, bucket.state[AGE], strict=True)):
-            kinds.setdefault(param.shape if age.numel() else None, []).append(index)
-        blocks, rest = list[Bucket](), kinds.pop(None, [])
-        for shape, rows in kinds.items():
-            room = max(1, block_size(bucket.device) // max(1, shape.numel()))
-            blocks += [_stack(bucket, rows[first : first + room]) for first in range(0, len(rows), room)]
-        sides = tuple((len(block.params), block.frame[key].shape[1]) for block in blocks for key, _ in SIDES)
+        """Return the rotated parameters, sorted by shape, in flat parts, and others as DiagonalFisher is given them."""
+        rotated, rest = sorted_by_shape(bucket)
+        blocks = [framed(bucket, stacks) for stacks in parts(rotated, bucket)]
+        frames = [frame for block in blocks for frame in block.frames]
+        sides = tuple((frame.shape[0], frame.state[key].shape[1]) for frame in frames for key, _ in SIDES)
         phases = iter(offsets(sides, self.refresh_every))
-        for block in blocks:
-            block.phases = (next(phases), next(phases))
-        others = list[Bucket]()
+        for frame in frames:
+            frame.phases = (next(phases), next(phases))
         if rest:
-            params, grads, state = _rows(bucket, rest, (MOMENT, SQUARE))
+            params, grads, state = some_of(bucket, rest, (MOMENT, SQUARE))
             owners = [bucket.owners[row] for row in rest]
-            others = divide(bucket.but(owners=owners, params=params, grads=grads, state=state))
-        for block in (*blocks, *others):
-            block.coordinates = 0
-        for first in (*blocks, *others)[:1]:
-            first.coordinates = bucket.coordinates
-        return blocks + others
+            blocks += divide(bucket.but(owners=owners, params=params, grads=grads, state=state))
+        for index, block in enumerate(blocks):
+            block.coordinates = 0 if index else bucket.coordinates
+        return blocks
 
     @without_autocast
     def update(self, bucket: Bucket, ok: Tensor | None) -> None:
@@ -197,60 +169,65 @@ class KroneckerFisher(AbstractFisher):
 
     def _inside(self, bucket: Bucket) -> Bucket:
         """Return the bucket with its gradients in the bases."""
-        if not bucket.frame:
+        if not bucket.frames:
             return bucket
         if not bucket.rotated:
-            bucket.rotated.append(rotate(stacked(bucket.grads[0], bucket), *bases(bucket)).view(-1))
+            bucket.rotated.append(in_bases(bucket, bucket.grads[0], rotate))
         return replace(bucket, grads=bucket.rotated)
 
     @without_autocast
     def turn(self, bucket: Bucket, ok: Tensor | None) -> None:
         """Let the factors absorb the gradients where `ok`, and refresh the bases whose turn it is."""
-        if not bucket.frame:
-            return
-        frame, grads = bucket.frame, stacked(bucket.grads[0], bucket)
-        grads = grads if ok is None else torch.where(ok, grads, 0.0)
-        first = bucket.step == 1
-        for side, (factor, _) in enumerate(SIDES):
-            if frame[factor].numel():
-                frame[AGE][:, side].add_(gated(ok, 1.0, 0.0))
+        for frame in bucket.frames:
+            grads = frame.of(bucket.grads[0])
+            grads = grads if ok is None else torch.where(ok, grads, 0.0)
+            self._absorb(frame, grads, ok, first=bucket.step == 1)
+            if bucket.step == 1:
+                self._begin(bucket, frame, grads, ok)
+            else:
+                for side in (0, 1):
+                    self._refresh(bucket, frame, ok, side)
+            frame.store()
+        if bucket.frames:
+            bucket.store()
+
+    def _absorb(self, frame: Frame, grads: Tensor, ok: Tensor | None, *, first: bool) -> None:
+        """Let the factors absorb gradients, zero where not `ok`, and age the bases."""
+        for side, (key, _) in enumerate(SIDES):
+            factor = frame.state[key]
+            if factor.numel():
+                frame.state[AGE][:, side].add_(gated(ok, 1.0, 0.0))
                 rows = grads if side == 0 else grads.mT
                 keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
                 if ok is not None:
-                    frame[factor].mul_(gated(ok, keep, 1.0))
+                    factor.mul_(gated(ok, keep, 1.0))
                     keep = 1.0
-                frame[factor].baddbmm_(rows, rows.mT, beta=keep, alpha=add)
-                if not first:
-                    self._refresh(bucket, ok, side)
-        if first:
-            self._begin(bucket, grads, ok)
-        bucket.store()
-        bucket.store_frame()
+                factor.baddbmm_(rows, rows.mT, beta=keep, alpha=add)
 
-    def _begin(self, bucket: Bucket, grads: Tensor, ok: Tensor | None) -> None:
+    def _begin(self, bucket: Bucket, frame: Frame, grads: Tensor, ok: Tensor | None) -> None:
         """Make the bases of a stack whose factors hold their first gradient, and set the moments anew in them."""
-        frame = bucket.frame
         for factor, basis in SIDES:
-            if frame[factor].numel():
-                new = first_bases(frame[factor], frame[basis])
-                frame[basis].copy_(new if ok is None else torch.where(ok, new, frame[basis]))
-        frame[AGE].zero_()
-        rotated = rotate(grads, *bases(bucket)).view(-1)  # of the bases that are kept
-        bucket.state[MOMENT][0].copy_(rotated).mul_(1 - bucket.beta1)
-        bucket.state[SQUARE][0].copy_(rotated).square_().mul_(1 - bucket.beta2)
+            if frame.state[factor].numel():
+                old = frame.state[basis]
+                new = first_bases(frame.state[factor], old)
+                old.copy_(new if ok is None else torch.where(ok, new, old))
+        frame.state[AGE].zero_()
+        rotated = rotate(grads, *frame.bases)  # in the bases that are kept
+        frame.of(bucket.state[MOMENT][0]).copy_(rotated).mul_(1 - bucket.beta1)
+        frame.of(bucket.state[SQUARE][0]).copy_(rotated).square_().mul_(1 - bucket.beta2)
 
-    def _refresh(self, bucket: Bucket, ok: Tensor | None, side: int) -> None:
+    def _refresh(self, bucket: Bucket, frame: Frame, ok: Tensor | None, side: int) -> None:
         """Turn those bases of one side of a stack that have their turn, and the moments with them."""
-        factor, basis = (bucket.frame[key] for key in SIDES[side])
-        rows = due(bucket.step, bucket.phases[side], len(basis), self.refresh_every)
-        if rows.start == rows.stop:
+        factor, basis = (frame.state[key] for key in SIDES[side])
+        rows = due(bucket.step, frame.phases[side], len(basis), self.refresh_every)
+        if rows.start == rows.stop or not basis.numel():
             return
         old = basis[rows]
         new, order, turns = refreshed(factor[rows], old)
         turns = turns if ok is None else turns & ok
-        moment, square = (stacked(bucket.state[key][0], bucket)[rows] for key in (MOMENT, SQUARE))
+        moment, square = (frame.of(bucket.state[key][0])[rows] for key in (MOMENT, SQUARE))
         turned = turn_moments(moment, square, torch.bmm(new.mT, old), order, turns, side=side)
-        age = bucket.frame[AGE][rows, side]
+        age = frame.state[AGE][rows, side]
         for kept, value in ((moment, turned[0]), (square, turned[1]), (old, torch.where(turns, new, old))):
             kept.copy_(value)
         age.copy_(torch.where(turns.flatten(), 0.0, age))
@@ -296,42 +273,20 @@ class KroneckerFisher(AbstractFisher):
 
     def _back(self, bucket: Bucket, directions: list[Tensor], radius: float) -> list[Tensor]:
         """Return directions in the parameters' own coordinates, bounded in the bases; none before the second step."""
-        if not bucket.frame:
+        if not bucket.frames:
             return directions
         if bucket.step == 1:
             return [direction.zero_() for direction in directions]
-        return [rotate_back(stacked(u.clamp_(-radius, radius), bucket), *bases(bucket)).view(-1) for u in directions]
+        return [in_bases(bucket, u.clamp_(-radius, radius), rotate_back) for u in directions]
 
     @without_autocast
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket in the bases, 0-d."""
-        if bucket.frame:
-            directions = [rotate(stacked(u, bucket), *bases(bucket)).view(-1) for u in directions]
+        if bucket.frames:
+            directions = [in_bases(bucket, u, rotate) for u in directions]
         linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
         return linear - dots(bucket.state[SQUARE], [u * u for u in directions]) / bucket.correction2 / 2
 
     def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
         """Return least, largest and sum of F, and on how many coordinates it limits the step, shape (4,)."""
         return DIAGONAL.statistics(bucket, scale, radius)
-
-
-def _rows(bucket: Bucket, rows: Sequence[int], keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Return parameters, gradients and some of the state of some of the parameters of a bucket."""
-    lists = [bucket.params, bucket.grads, *(bucket.state[key] for key in keys)]
-    if len(rows) < len(bucket.params):
-        lists = [[kept[row] for row in rows] for kept in lists]
-    return lists[0], lists[1], dict(zip(keys, lists[2:], strict=True))
-
-
-def _stack(bucket: Bucket, rows: Sequence[int]) -> Bucket:
-    """Return parameters of one shape as one flat tensor, with their frame in stacks: views, or copies to be stored."""
-    params, grads, kept = _rows(bucket, rows, (MOMENT, SQUARE, *FRAME))
-    views = {key: stacked_view(tensors) for key, tensors in kept.items()}
-    packed = {key: kept[key] for key, view in views.items() if view is None}
-    frame = {key: torch.stack(kept[key]) if view is None else view for key, view in views.items()}
-    flat = grads[0].reshape(-1) if len(grads) == 1 else flatten(grads)
-    state = {key: [frame.pop(key).view(-1)] for key in (MOMENT, SQUARE)}
-    owners = [bucket.owners[row] for row in rows]
-    part = bucket.but(owners=owners, params=params, grads=[flat], state=state, frame=frame, packed=packed)
-    part.flat, part.rotated = True, []
-    return part
