@@ -33,7 +33,7 @@ def keep_portions(
     for kept in known:
         kept[LAST_PORTION] = kept[PORTION]
     if moves:
-        _move([kept for kept in known if kept[PROMISED] > 0 and isfinite(kept[LEFT_OVER])])
+        _move(known)
     for kept in known:
         kept[PROMISED], kept[LEFT_OVER] = 0.0, -inf
     for param, slope in zip(params, slopes, strict=True):
@@ -42,7 +42,8 @@ def keep_portions(
 
 def _move(known: Sequence[dict[str, Any]]) -> None:
     before = [Portion(kept[PORTION], kept[PROMISED_MEAN], kept[LEFT_OVER_MEAN]) for kept in known]
-    promised, left = ([kept[key] for kept in known] for key in (PROMISED, LEFT_OVER))
+    pairs = [(kept[PROMISED], kept[LEFT_OVER]) if isfinite(kept[LEFT_OVER]) else (0.0, 0.0) for kept in known]
+    promised, left = ([pair[place] for pair in pairs] for place in (0, 1))
     for kept, new in zip(known, move_portions(before, promised, left), strict=True):
         kept[PORTION], kept[PROMISED_MEAN], kept[LEFT_OVER_MEAN] = new.portion, new.promised, new.left
 

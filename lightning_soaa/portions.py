@@ -16,7 +16,7 @@ one tensor its portion is exactly 1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, isfinite, log
 
 # Of the averages, the share of what was known; of the logarithm of a portion, what is kept, and what is added of d_i.
@@ -48,22 +48,30 @@ def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Seq
     Args:
         known: what is known of each tensor.
         promised: what its part of the check's step promised.
-        left: what the next gradient found along it. Where a figure is not finite nothing is learned, nor of a tensor
-            that promised nothing.
+        left: what the next gradient found along it. Where a figure is not finite nothing is learned; of a tensor that
+            promised nothing nothing is, and its portion stays.
     """
     if not all(isfinite(value) for value in (*promised, *left)):
         return list(known)
-    kept = [(each, p, q) for each, p, q in zip(known, promised, left, strict=True) if p > 0]
-    averages = [(_average(each.promised, p), _average(each.left, q)) for each, p, q in kept]
-    whole = sum(p for p, _ in averages)
-    overall = _share(sum(q for _, q in averages), whole) if averages else 0.0
-    logs = [
-        KEPT * log(each.portion) + GAIN * (_share(q, p) - overall)
-        for (each, *_), (p, q) in zip(kept, averages, strict=True)
+    told = [p > 0 for p in promised]
+    new = [
+        Portion(each.portion, _average(each.promised, p), _average(each.left, q)) if p > 0 else each
+        for each, p, q in zip(known, promised, left, strict=True)
     ]
-    mean = sum(p / whole * value for (p, _), value in zip(averages, logs, strict=True))
-    moved = iter([Portion(_within(value - mean), p, q) for value, (p, q) in zip(logs, averages, strict=True)])
-    return [next(moved) if p > 0 else each for each, p in zip(known, promised, strict=True)]
+    seen = [each for each, tells in zip(new, told, strict=True) if tells]
+    if not seen:
+        return list(known)
+    overall = _share(sum(each.left for each in seen), sum(each.promised for each in seen))
+    logs = [
+        KEPT * log(each.portion) + GAIN * (_share(each.left, each.promised) - overall) if tells else log(each.portion)
+        for each, tells in zip(new, told, strict=True)
+    ]
+    whole = sum(each.promised for each in new)
+    mean = sum(each.promised / whole * value for each, value in zip(new, logs, strict=True))
+    return [
+        replace(each, portion=_within(value - mean)) if tells else each
+        for each, value, tells in zip(new, logs, told, strict=True)
+    ]
 
 
 def _average(known: float, new: float) -> float:

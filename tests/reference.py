@@ -170,20 +170,23 @@ class ReferenceSOAA:
         """A tensor whose slope is left beside that of the others goes further, one whose slope has turned less far."""
         if self.found is None:
             return
-        there = [(g, i, p, q) for (g, i), p, q in zip(self.everything(), *self.found, strict=True) if p > 0]
+        places, told = list(self.everything()), [p > 0 for p in self.found[0]]
+        for (group, i), p, q in zip(places, *self.found, strict=True):
+            if p > 0:
+                before = group["means"][i]
+                group["means"][i] = (0.8 * before[0] + 0.2 * p, 0.8 * before[1] + 0.2 * q)
         self.found = None
-        for group, i, p, q in there:
-            before = group["means"][i]
-            group["means"][i] = (0.8 * before[0] + 0.2 * p, 0.8 * before[1] + 0.2 * q)
-        means = np.array([group["means"][i] for group, i, _, _ in there])
-        if not len(means) or means[:, 0].sum() <= 0:
+        if not any(told):
             return
+        means = np.array([group["means"][i] for group, i in places])
         clip = lambda x: np.clip(x, -2, 2)  # noqa: E731
-        beyond = clip(means[:, 1] / means[:, 0]) - clip(means[:, 1].sum() / means[:, 0].sum())
-        logs = 0.98 * np.log([group["portion"][i] for group, i, _, _ in there]) + 0.2 * beyond
-        logs = np.clip(logs - np.average(logs, weights=means[:, 0]), -np.log(8), np.log(8))
-        for (group, i, _, _), value in zip(there, logs, strict=True):
-            group["portion"][i] = np.exp(value)
+        overall = clip(means[told, 1].sum() / means[told, 0].sum())
+        logs = np.log([group["portion"][i] for group, i in places])
+        logs[told] = 0.98 * logs[told] + 0.2 * (clip(means[told, 1] / means[told, 0]) - overall)
+        mean = np.average(logs, weights=means[:, 0])
+        for (group, i), value, tells in zip(places, logs, told, strict=True):
+            if tells:
+                group["portion"][i] = np.exp(np.clip(value - mean, -np.log(8), np.log(8)))
 
     def put(self, points):
         for (group, i), x in zip(self.everything(), points, strict=True):

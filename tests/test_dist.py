@@ -64,7 +64,7 @@ def run_rank(rank, folder):
 def ranks(tmp_path_factory):
     """What both ranks came to."""
     folder = tmp_path_factory.mktemp("ranks")
-    return of_ranks(__file__, folder, seconds=60)
+    return of_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize("rule", RULES)
