@@ -5,6 +5,7 @@ Each guard is a context manager that puts one kind of thing back, also when the 
 """
 
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from lightning_soaa._dist import reshard
 from lightning_soaa._holdings import CONTAINERS, Attributes, Contents, Marks, edited_tensors
 
+# What torch says where something that needs a graph is done without one.
+_WANTS_GRADIENTS = re.compile(r"requires?[ _]grad")
 _PLAIN = (str, int, float, Path)
 
 
@@ -203,14 +206,14 @@ def evaluate(module: Any, trainer: Any, start: Start | None, loss: Callable[[], 
     """Return what `loss` returns in a :func:`trial`.
 
     Code that differentiates while it computes a loss, such as a physics-informed network or a gradient penalty, fails
-    without gradients. It is evaluated with them, from its first trial on.
+    without gradients, as does code that registers hooks on tensors. It is evaluated with them, from its first trial on.
     """
     if not module._soaa_differentiates:
         try:
             with trial(module, trainer, start):
                 return loss()
         except RuntimeError as error:
-            if "does not require grad" not in str(error):
+            if not _WANTS_GRADIENTS.search(str(error)):
                 raise
             vars(module)["_soaa_differentiates"] = True
     with trial(module, trainer, start), torch.enable_grad():

@@ -128,6 +128,15 @@ class Evaluated(Net):
         return self.net(batch[0])
 
 
+class Differentiating(Net):
+    """Its loss holds a slope of the network."""
+
+    def loss(self, batch):
+        inputs = batch[0].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(inputs).sum(), inputs, create_graph=True)
+        return super().loss(batch) + slope.square().mean()
+
+
 class Metered(Net):
     """Says what a batch costs, as ThroughputMonitor asks."""
 

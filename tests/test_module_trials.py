@@ -312,11 +312,22 @@ class Differentiating:
         return nn.functional.cross_entropy(logits, batch[1]) + slope.square().mean()
 
 
+class Hooking:
+    """Notes the gradients of its logits, and keeps them."""
+
+    def loss(self, batch):
+        logits = self.net(batch[0])
+        logits.register_hook(lambda grad: grad.clamp(-1, 1))
+        logits.retain_grad()
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+@pytest.mark.parametrize("what", [Differentiating, Hooking])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("kind", [Mixed, Automatic, OwnLoop])
-def test_a_training_step_that_differentiates_is_trained_and_its_trials_leave_no_bit(kind, accumulate):
+def test_a_training_step_that_needs_gradients_is_trained_and_its_trials_leave_no_bit(kind, accumulate, what):
     flags = {} if kind is OwnLoop else {"accumulate_grad_batches": accumulate}
-    make = type("Differentiates", (Differentiating, kind), {})
+    make = type("NeedsGradients", (what, kind), {})
     remember = Remember()
     still, checked = (train(partial(make, rule), **flags) for rule in (FixedRadius(), ACCEPT))
     assert_same(still.facts(), checked.facts())

@@ -1,5 +1,7 @@
 """LightningModules of other people's packages, each with one line added: `class Ours(SOAAMixin, Theirs): pass`."""
 
+from statistics import mean
+
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel, DemoModel
@@ -8,6 +10,7 @@ from lightning.pytorch.demos.transformer import LightningTransformer
 from lightning_models import ACCEPT, QUIET, Mute, Tape, assert_same, seed
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import public_modules
 from lightning_soaa import SOAA, FixedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
 
@@ -160,3 +163,20 @@ def test_a_forecaster_of_pytorch_forecasting_is_trained_and_its_trials_leave_no_
     assert_same(fixed, forecast(ACCEPT)[2])
     _, optimizer, _ = forecast(RatioRadius())
     assert optimizer.last_step.repeat_gap == 0.0
+
+
+# Where their own optimizer is better: `python -m benchmarks.public_modules`.
+BEHIND = {"NBeats"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in public_modules.MODULES if name not in BEHIND])
+def test_a_public_module_ends_no_worse_than_with_the_optimizer_that_it_comes_with(name):
+    package = public_modules.MODULES[name].package
+    if not public_modules.MODULES[name].installed:
+        pytest.skip(f"{package} is not installed")
+    theirs, ours = (
+        [public_modules.final_loss(name, seed, kind) for seed in range(2)]
+        for kind in (public_modules.unchanged, public_modules.ours)
+    )
+    assert mean(ours) <= mean(theirs)

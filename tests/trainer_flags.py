@@ -273,6 +273,7 @@ LOADERS = [
     Row("None for a whole window", fitted(accumulate_grad_batches=2), models.sometimes(2, 3, 4, 5)),
     Row("None and dicts, accumulating", fitted(accumulate_grad_batches=3), models.sometimes(0, 3, 7)),
     Row("`training_step` always returns None", fitted(), models.sometimes(*range(8)), checked=False),
+    Row("`training_step` that differentiates itself", fitted(), models.Differentiating),
     Row("`training_step(dataloader_iter)`", fitted(), models.Iterating, default=REFUSED, automatic=REFUSED,
         note="a trial needs the batch again"),
     Row("loader without a length", fitted(data=models.stream)),
