@@ -1,6 +1,6 @@
 """Train somebody else's LightningModule without a learning rate: three lines, and their file is left alone.
 
-python examples/bring_your_own.py      # about a minute
+python examples/bring_your_own.py      # about half a minute
 
 The module is Lightning's own demo of an LSTM, which asks for SGD at lr=20, and carries its hidden state from one batch
 to the next: a trial starts from the state that the batch started from.

@@ -1,6 +1,6 @@
 """Train a small Llama from Hugging Face's transformers on characters, without choosing a learning rate.
 
-python examples/huggingface.py         # about a minute
+python examples/huggingface.py         # about half a minute
 
 The model is made from a configuration, with random weights: nothing is downloaded. One that is fine-tuned comes from
 `AutoModelForCausalLM.from_pretrained(...)` instead, and is trained alike.

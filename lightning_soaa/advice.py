@@ -134,12 +134,14 @@ def noisy_ratios(watch: Watch) -> Advice | None:
     Silent where other advice names the cause, and of reductions that are rounding of the loss, as far as reports have
     told the loss: those of a run that has converged.
     """
+    if len(watch.checks) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
+        return None
     ratios = [
         check.actual / check.predicted
         for check in watch.checks
         if check.predicted != 0 and isfinite(check.predicted + check.actual) and beyond_rounding(watch, check)
     ]
-    if len(ratios) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
+    if len(ratios) < RATIO_CHECKS:
         return None
     low, _, high = quantiles(ratios, n=4)
     error = (high - low) / QUARTILES_OF_NORMAL / sqrt(len(ratios))

@@ -1,5 +1,7 @@
 """Epoch figures of the trust region, right across processes: sums and counts, nothing else."""
 
+from collections.abc import Mapping
+from math import nan
 from typing import Any
 
 import torch
@@ -8,6 +10,12 @@ from torchmetrics import Metric
 
 # What `EpochFigures.compute` returns, in this order.
 FIGURES = ("acceptance_rate", "checks", "rejects", "skipped_steps")
+
+
+def figures_of(*, checks: int, accepted_checks: int, skipped_steps: int, processes: int = 1) -> list[float]:
+    """Return the figures in the order of `FIGURES` from sums over processes; the rate is nan before the first check."""
+    rate = accepted_checks / checks if checks else nan
+    return [rate, *(count / processes for count in (checks, checks - accepted_checks, skipped_steps))]
 
 
 class EpochFigures(Metric):
@@ -58,7 +66,18 @@ class EpochFigures(Metric):
 
     def compute(self) -> Tensor:
         """Return the figures in the order of `FIGURES`, float64 on the CPU; the rate is nan before the first check."""
-        processes, checks, accepted, skipped = self.sums.cpu().double()
-        return torch.stack(
-            [accepted / checks, checks / processes, (checks - accepted) / processes, skipped / processes]
-        )
+        processes, checks, accepted, skipped = self.sums.tolist()
+        figures = figures_of(checks=checks, accepted_checks=accepted, skipped_steps=skipped, processes=processes)
+        return torch.tensor(figures, dtype=torch.float64)
+
+
+def figures_over(processes: EpochFigures | None, counts: Mapping[str, int]) -> dict[str, float]:
+    """Return the figures by name, over all processes, all of which must call it; of one process where there is no sum.
+
+    It is filled anew each time, so that the counters that `counts` come from are the only truth across checkpoints.
+    """
+    if processes is None:
+        return dict(zip(FIGURES, figures_of(**counts), strict=True))
+    processes.reset()
+    processes.update(**counts)
+    return dict(zip(FIGURES, processes.compute().tolist(), strict=True))

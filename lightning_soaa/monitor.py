@@ -32,7 +32,7 @@ from lightning_soaa._rows import (
 from lightning_soaa._watch import Watch
 from lightning_soaa.advice import TrustRegionWarning, advise
 from lightning_soaa.console import EpochRow, bar_entries, beside, epoch_lines, render, run_lines
-from lightning_soaa.metrics import FIGURES, EpochFigures
+from lightning_soaa.metrics import EpochFigures, figures_over
 from lightning_soaa.report import StepReport
 
 
@@ -131,7 +131,8 @@ class TrustRegionMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers; refuse a run that has none."""
         self._found = found = require_optimizers(trainer.optimizers)
-        self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in found}
+        suffixes = found if trainer.world_size > 1 else ()  # one process needs no sums over processes
+        self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in suffixes}
         self._clock, self._range = BatchClock(pl_module.device), dict.fromkeys(found, (inf, -inf))
         self._details = make_details(pl_module.named_parameters(), found, self.layers, histograms=self.histograms)
 
@@ -290,11 +291,7 @@ class TrustRegionMonitor(Callback):
         return beside(shown, self._bar[1])
 
     def _epoch_so_far(self, suffix: str, optimizer: Monitored) -> dict[str, float]:
-        """Return the epoch's figures over all processes; all of them must call it.
-
-        Filled anew each time from the optimizer's own counters, so that they are the only truth across checkpoints.
-        """
-        figures, start = self._figures[suffix], self._epoch_start[suffix]
-        figures.reset()
-        figures.update(**{name: count - start[name] for name, count in counts_of(optimizer).items()})
-        return dict(zip(FIGURES, figures.compute().tolist(), strict=True))
+        """Return the epoch's figures over all processes; all of them must call it."""
+        start = self._epoch_start[suffix]
+        counts = {name: count - start[name] for name, count in counts_of(optimizer).items()}
+        return figures_over(self._figures.get(suffix), counts)

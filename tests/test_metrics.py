@@ -5,7 +5,7 @@ from math import isnan
 import pytest
 import torch
 
-from lightning_soaa.metrics import FIGURES, EpochFigures
+from lightning_soaa.metrics import FIGURES, EpochFigures, figures_over
 
 
 def figures(metric):
@@ -24,6 +24,16 @@ def in_processes(*updates):
         metric.update(**counts)
         everyone.append(metric)
     return everyone
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (0, 0, 3), (7, 3, 2)])
+def test_figures_of_one_process_are_the_same_without_a_sum_over_processes(counts):
+    counts = dict(zip(("checks", "accepted_checks", "skipped_steps"), counts, strict=True))
+    metric = EpochFigures()
+    metric.update(checks=5, accepted_checks=4)  # of another time: it is filled anew
+    alone, summed = figures_over(None, counts), figures_over(metric, counts)
+    assert alone.keys() == summed.keys() == set(FIGURES)
+    assert all(alone[name] == summed[name] or (isnan(alone[name]) and isnan(summed[name])) for name in FIGURES)
 
 
 def test_rate_is_that_of_the_sums_not_a_mean_of_rates():
