@@ -73,7 +73,8 @@ def main() -> None:
 
     L.seed_everything(args.seed)
     torch.set_num_threads(1)  # faster for a network this small
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
+    # The data is in memory; the other is Lightning's own.
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
     train, test = loaders(batch_size=64, seed=args.seed)
     trainer = L.Trainer(
         max_epochs=3 if args.fast else args.epochs,

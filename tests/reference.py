@@ -22,13 +22,18 @@ class ReferenceSOAA:
         if rule == "ratio":
             self.d = 0.0
         for group in groups:
-            group["m"] = [np.zeros_like(x) for x in group["x"]]
-            group["v"] = [np.zeros_like(x) for x in group["x"]]
-            group["t"] = [0 for _ in group["x"]]
-            group["portion"] = [1.0 for _ in group["x"]]
-            group["means"] = [(0.0, 0.0) for _ in group["x"]]  # of what was promised, and what was left of it
+            self.begin(group)
         self.skipped, self.outliers, self.trials, self.gap, self.noise = 0, 0, 0, None, 0.0
         self.unit = None  # root mean square of the gradients at the last check
+
+    @staticmethod
+    def begin(group):
+        """Give a group its state."""
+        group["m"] = [np.zeros_like(x) for x in group["x"]]
+        group["v"] = [np.zeros_like(x) for x in group["x"]]
+        group["t"] = [0 for _ in group["x"]]
+        group["portion"] = [1.0 for _ in group["x"]]
+        group["means"] = [(0.0, 0.0) for _ in group["x"]]  # of what was promised, and what was left of it
 
     def everything(self):
         for group in self.groups:
@@ -80,7 +85,9 @@ class ReferenceSOAA:
         if self.checked is not None:
             s, before = self.checked
             promised = [-np.sum(g * b) for g, b in zip(before, s, strict=True)]
-            left = [-np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=True)]
+            left = [
+                -np.sum(g * b) for g, b in zip([g for gs in grads for g in gs], s, strict=False)
+            ]  # new ones are last
             there = [p > 0 for p in promised]
             self.slope = sum(np.array(left)[there]) / sum(np.array(promised)[there])
             self.found = (promised, left)
@@ -170,8 +177,9 @@ class ReferenceSOAA:
         """A tensor whose slope is left beside that of the others goes further, one whose slope has turned less far."""
         if self.found is None:
             return
-        places, told = list(self.everything()), [p > 0 for p in self.found[0]]
-        for (group, i), p, q in zip(places, *self.found, strict=True):
+        places = list(self.everything())
+        told = [p > 0 for p in self.found[0]] + [False] * (len(places) - len(self.found[0]))
+        for (group, i), p, q in zip(places, *self.found, strict=False):
             if p > 0:
                 before = group["means"][i]
                 group["means"][i] = (0.8 * before[0] + 0.2 * p, 0.8 * before[1] + 0.2 * q)

@@ -150,14 +150,11 @@ class Twins(RuleBasedStateMachine):
     def add_param_group(self, drawn):
         group, mirror = self.make(drawn)
         self.optimizer.add_param_group(group)
-        zeros = [np.zeros_like(x) for x in mirror["x"]]
-        self.twin.groups.append({**mirror, "m": zeros, "v": [z.copy() for z in zeros], "t": [0 for _ in zeros]})
+        self.twin.begin(mirror)
+        self.twin.groups.append(mirror)
         self.twin.initial_lrs.append(mirror["lr"])
         if not self.stepped:
             self.twin.lr_unit = max(self.twin.initial_lrs)
-        if self.twin.checked is not None:  # the step that was checked did not move them
-            step, promised = self.twin.checked
-            self.twin.checked = ([*step, *(z.copy() for z in zeros)], promised)
 
     @rule(factor=st.sampled_from([1.0, 0.9, 0.5, 0.02]))
     def schedule(self, factor):
