@@ -59,7 +59,7 @@ def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Seq
         for each, p, q in zip(known, promised, left, strict=True)
     ]
     seen = [each for each, tells in zip(new, told, strict=True) if tells]
-    if not seen:
+    if sum(each.promised for each in seen) <= 0:  # nothing, or too little for a number to hold
         return list(known)
     overall = _share(sum(each.left for each in seen), sum(each.promised for each in seen))
     logs = [
@@ -86,4 +86,4 @@ def _within(logarithm: float) -> float:
 
 def _share(left: float, promised: float) -> float:
     """Return what is left of a slope, in units of it, within its bounds."""
-    return max(-STEEPEST, min(STEEPEST, left / promised))
+    return max(-STEEPEST, min(STEEPEST, left / promised)) if promised > 0 else 0.0

@@ -80,6 +80,11 @@ def test_figures_that_are_not_finite_teach_nothing(bad):
     assert move_portions(known, [1.0, 1.0], [bad, 0.5]) == known
 
 
+def test_promises_too_small_for_an_average_teach_nothing():
+    assert after(3, [5e-324], [5e-324]) == [1.0]
+    assert after(3, [5e-324, 1.0], [5e-324, 0.5])[1] == pytest.approx(1, abs=0.01)
+
+
 def test_nothing_is_learned_of_a_tensor_that_has_promised_nothing():
     one, other, idle = after(20, [1.0, 1.0, 0.0], [0.5, -0.5, 0.3])
     assert one > 1.2
