@@ -100,7 +100,7 @@ CONSTANTS = (
 )
 PARTS = (
     OURS,
-    *(f"{OURS}_{part}" for part in ("unmasked", "adams_betas", "fisher", "ungated", "no_fresh_slopes")),
+    *(f"{OURS}_{part}" for part in ("unmasked", "adams_betas", "fisher", "ungated", "no_fresh_slopes", "no_portions")),
     f"{OURS}:radius.max_trials=1",
 )
 _EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_kronecker", "soaa_published")
