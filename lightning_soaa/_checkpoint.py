@@ -26,15 +26,13 @@ from lightning_soaa._state import (
     check_options,
     state_dtype,
 )
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.fisher import AbstractFisher, Fishers
 from lightning_soaa.gate import SIZE
 from lightning_soaa.radius import AbstractRadius
 
 
 @contextmanager
-def loading(
-    optimizer: Optimizer, state_dict: dict[str, Any], rule: AbstractRadius, fisher: AbstractFisher
-) -> Iterator[None]:
+def loading(optimizer: Optimizer, state_dict: dict[str, Any], rule: AbstractRadius, fisher: Fishers) -> Iterator[None]:
     """Check what `optimizer` loads inside before it changes, and give it back the precision that torch takes from it.
 
     Raises:
@@ -61,7 +59,7 @@ def check_loadable(
     groups: Sequence[Mapping[str, Any]],
     defaults: Mapping[str, Any],
     rule: AbstractRadius,
-    fisher: AbstractFisher,
+    fisher: Fishers,
 ) -> None:
     """Refuse a state dict that is not SOAA's, is of another radius rule, or does not fit the parameters of `groups`.
 

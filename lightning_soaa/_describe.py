@@ -11,37 +11,37 @@ from lightning_soaa._bucket import Bucket, runs
 from lightning_soaa._dist import over_shards
 from lightning_soaa._proposal import Proposal, fisher_scale
 from lightning_soaa._sums import on_host, read
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.fisher import Fishers
 
 
-def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: AbstractFisher) -> Tensor:
+def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: Fishers) -> Tensor:
     """Return the Fisher's statistics of a bucket over all shards, of which this rank may hold none, shape (4,)."""
     if bucket.numel:
-        here = fisher.statistics(bucket, scale, limit)
+        here = fisher.of(bucket.group).statistics(bucket, scale, limit)
     else:
         here = torch.tensor([inf, -inf, 0, 0], dtype=scale.dtype, device=scale.device)
     least, most = over_shards(here[:1], bucket.shards, "MIN"), over_shards(here[1:2], bucket.shards, "MAX")
     return torch.cat((least, most, over_shards(here[2:], bucket.shards)))
 
 
-def merged(bucket: Bucket, fisher: AbstractFisher) -> Bucket:
+def merged(bucket: Bucket, fisher: Fishers) -> Bucket:
     """Return a bucket with the same state in fewer tensors, where each costs the host more than its work."""
     if not (on_host(bucket.device) and fisher.of(bucket.group).elementwise):
         return bucket
     return replace(bucket, state={name: runs(tensors) for name, tensors in bucket.state.items()})
 
 
-def rotation(buckets: Sequence[Bucket], fisher: AbstractFisher, home: torch.device) -> dict[str, Tensor | float]:
+def rotation(buckets: Sequence[Bucket], fisher: Fishers, home: torch.device) -> dict[str, Tensor | float]:
     """Return what a report says of the Fisher's own coordinates; nothing if it has none."""
     if not (fisher.rotates and buckets):
         return {}
-    found = [fisher.rotation(bucket) for bucket in buckets]
+    found = [fisher.of(bucket.group).rotation(bucket) for bucket in buckets]
     ages = [age.max().to(home) for _, tensors in found for age in tensors]
     share = sum(count for count, _ in found) / sum(bucket.coordinates for bucket in buckets)
     return {"rotated_fraction": share, "basis_age": torch.stack(ages).max() if ages else nan}
 
 
-def describe(proposal: Proposal, fisher: AbstractFisher, *, moved: bool, skipped: bool) -> dict[str, float]:
+def describe(proposal: Proposal, fisher: Fishers, *, moved: bool, skipped: bool) -> dict[str, float]:
     """Return what a :class:`StepReport` says of loss, step and state, which needs a pass over the state."""
     base = torch.tensor(nan) if proposal.base is None else proposal.base
     buckets = proposal.buckets

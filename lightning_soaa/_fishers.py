@@ -3,12 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lightning_soaa._bucket import Bucket, Pace
 from lightning_soaa._checks import refuse
-from lightning_soaa.fisher import AbstractFisher, Slopes, Unit
+from lightning_soaa.fisher import AbstractFisher, Fishers
 
 
 def check_fisher(fisher: object, *, compiled: bool) -> None:
@@ -24,7 +20,7 @@ def check_fisher(fisher: object, *, compiled: bool) -> None:
         refuse("SOAA", "compile", f"False with {type(fisher).__name__}", compiled)
 
 
-def joint_fisher(default: AbstractFisher, own: Sequence[AbstractFisher | None], groups: int) -> AbstractFisher:
+def joint_fisher(default: AbstractFisher, own: Sequence[AbstractFisher | None], groups: int) -> Fishers:
     """Return the Fisher of all groups: the default, unless a group has one of its own.
 
     Args:
@@ -39,7 +35,7 @@ def joint_fisher(default: AbstractFisher, own: Sequence[AbstractFisher | None], 
 
 
 @dataclass(frozen=True)
-class GroupFishers(AbstractFisher):
+class GroupFishers:
     """Several Fishers, each for the buckets of one parameter group.
 
     Args:
@@ -49,11 +45,6 @@ class GroupFishers(AbstractFisher):
     fishers: tuple[AbstractFisher, ...]
 
     @property
-    def compiles(self) -> bool:
-        """Return whether all have a compiled step."""
-        return all(each.compiles for each in self.fishers)
-
-    @property
     def rotates(self) -> bool:
         """Return whether one of them has coordinates of its own."""
         return any(each.rotates for each in self.fishers)
@@ -61,75 +52,3 @@ class GroupFishers(AbstractFisher):
     def of(self, group: int) -> AbstractFisher:
         """Return the Fisher of a parameter group."""
         return self.fishers[group]
-
-    def init(self, param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Raise: state is made by the Fisher of a group.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError
-
-    def blocks(self, bucket: Bucket, *, whole: bool = False) -> list[Bucket]:
-        """Return the bucket in the parts that are worked on one by one."""
-        return self.of(bucket.group).blocks(bucket, whole=whole)
-
-    def update(self, bucket: Bucket, ok: Tensor | None) -> None:
-        """Absorb the bucket's gradients where `ok`."""
-        self.of(bucket.group).update(bucket, ok)
-
-    def turn(self, bucket: Bucket, ok: Tensor | None) -> None:
-        """Let the coordinates of the bucket's Fisher follow the gradients where `ok`."""
-        self.of(bucket.group).turn(bucket, ok)
-
-    def square(self, bucket: Bucket) -> Tensor:
-        """Return ``sum(vh)`` over the bucket, 0-d."""
-        return self.of(bucket.group).square(bucket)
-
-    def sums(self, bucket: Bucket) -> Tensor:
-        """Return ``[sum(mh^2), sum(vh), eps n]`` over the bucket's n coordinates, shape (3,)."""
-        return self.of(bucket.group).sums(bucket)
-
-    def direction(
-        self,
-        bucket: Bucket,
-        scale: Tensor | None,
-        ok: Tensor | None,
-        radius: float,
-        unit: Unit = None,
-        *,
-        cautious: bool = False,
-        marked: bool = False,
-    ) -> list[Tensor]:
-        """Return u of step 5 for each parameter of the bucket, zero where not `ok`."""
-        return self.of(bucket.group).direction(bucket, scale, ok, radius, unit, cautious=cautious, marked=marked)
-
-    def mark(self, bucket: Bucket) -> None:
-        """Keep which coordinates moved in a check."""
-        self.of(bucket.group).mark(bucket)
-
-    def advance(self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, *, cautious: bool) -> list[Tensor]:
-        """Do :meth:`update` and return :meth:`direction` without a scale."""
-        return self.of(bucket.group).advance(bucket, ok, radius, unit, cautious=cautious)
-
-    def strides(self, bucket: Bucket, unit: Unit, pace: Pace) -> bool:
-        """Return whether :meth:`stride` takes such a step of the bucket."""
-        return self.of(bucket.group).strides(bucket, unit, pace)
-
-    def stride(
-        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
-    ) -> tuple[Tensor, list[Slopes]]:
-        """Do :meth:`advance` and move the parameters, at one go."""
-        return self.of(bucket.group).stride(bucket, ok, radius, unit, pace)
-
-    def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
-        """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket, 0-d."""
-        return self.of(bucket.group).model_reduction(bucket, directions)
-
-    def statistics(self, bucket: Bucket, scale: Tensor, radius: float) -> Tensor:
-        """Return ``[min, max, sum, number of coordinates that F limits]`` of F over a non-empty bucket, shape (4,)."""
-        return self.of(bucket.group).statistics(bucket, scale, radius)
-
-    def rotation(self, bucket: Bucket) -> tuple[int, list[Tensor]]:
-        """Return how many coordinates of the bucket are rotated, and the ages of their bases."""
-        return self.of(bucket.group).rotation(bucket)

@@ -12,7 +12,7 @@ from lightning_soaa._dist import Shards, local, over_shards, shards_of
 from lightning_soaa._portions import portions_of
 from lightning_soaa._state import GROUP_RADIUS, PORTIONS, STEP, as_real, state_dtype
 from lightning_soaa._sums import total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.fisher import Fishers
 from lightning_soaa.radius import AbstractRadius
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
@@ -93,7 +93,7 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
 
 
 def ensure_state(
-    entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: AbstractFisher, rule: AbstractRadius
+    entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: Fishers, rule: AbstractRadius
 ) -> None:
     """Give every parameter that has none its fresh state (`state` is modified in place)."""
     extra = PORTIONS if rule.fresh_slopes else {}
@@ -105,7 +105,7 @@ def ensure_state(
         lay_out(entries, state, fisher)
 
 
-def lay_out(entries: Iterable[Entry], state: Mapping[Tensor, dict[str, Any]], fisher: AbstractFisher) -> None:
+def lay_out(entries: Iterable[Entry], state: Mapping[Tensor, dict[str, Any]], fisher: Fishers) -> None:
     """Move tensors of the state of parameters side by side where they are worked on as one (`state` is modified)."""
     groups: dict[int, list[dict[str, Any]]] = {}
     for index, param in entries:
@@ -121,16 +121,21 @@ def has_fused(group: Mapping[str, Any], device: torch.device) -> bool:
 
 
 def gather(
-    entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]]
+    entries: Sequence[Entry],
+    groups: Sequence[Mapping[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    *,
+    checked: bool = False,
 ) -> list[Bucket]:
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
 
-    The age of each parameter counts the gradient from here on (`state` is modified in place).
+    The age of each parameter counts the gradient from here on (`state` is modified in place). With `checked` they know
+    the portions of the last step, which was a check.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     states: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     params = [param for _, param in entries]
-    portions, last = portions_of(params, state, last=False), portions_of(params, state, last=True)
+    portions, last = portions_of(params, state), portions_of(params, state, last=True) if checked else []
     for owner, (index, param) in enumerate(entries):
         grad = param.grad
         if grad is None:

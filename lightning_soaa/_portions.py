@@ -48,7 +48,7 @@ def _move(known: Sequence[dict[str, Any]]) -> None:
         kept[PORTION], kept[PROMISED_MEAN], kept[LEFT_OVER_MEAN] = new.portion, new.promised, new.left
 
 
-def portions_of(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], *, last: bool) -> list[float]:
+def portions_of(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], *, last: bool = False) -> list[float]:
     """Return the portions of parameters, or those of the last check; nothing if all are 1."""
     key = LAST_PORTION if last else PORTION
     found = [float(state[param].get(key, PORTIONS[key])) for param in params]

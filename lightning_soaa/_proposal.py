@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._dist import Shards, over_shards
 from lightning_soaa._sums import allowed, on_host, square_sum, total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher, Slopes, Unit
+from lightning_soaa.fisher import Fishers, Slopes, Unit
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
 # eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.
@@ -95,7 +95,7 @@ class Proposal:
 def propose(
     buckets: list[Bucket],
     base: Tensor | None,
-    fisher: AbstractFisher,
+    fisher: Fishers,
     *,
     gate: Gate | None,
     slope: bool,
@@ -124,7 +124,7 @@ def propose(
         left: share of the gradients that clipping left, 0-d; None for all.
         compiled: the compiled step is asked for, which forms nothing on the way; slopes and checks do without it.
     """
-    blocks = [block for b in buckets for block in fisher.blocks(b, whole=compiled or on_host(b.device))]
+    blocks = [block for b in buckets for block in fisher.of(b.group).blocks(b, whole=compiled or on_host(b.device))]
     squares = [square_sum(block.grads, foreach=block.foreach) for block in blocks]
     square = total(squares, [block.shards for block in blocks])
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
@@ -143,28 +143,28 @@ def propose(
     return proposal
 
 
-def absorb(proposal: Proposal, fisher: AbstractFisher) -> None:
+def absorb(proposal: Proposal, fisher: Fishers) -> None:
     """Let the Fisher absorb the gradients (step 1), where the proposal is ok, unless it has."""
     if not proposal.absorbed:
         for block in proposal.blocks:
             for part in block.parts():
-                fisher.update(part, allowed(proposal.ok, block.device))
+                fisher.of(block.group).update(part, allowed(proposal.ok, block.device))
             block.store()
     proposal.absorbed = True
 
 
-def mark(proposal: Proposal, fisher: AbstractFisher) -> None:
+def mark(proposal: Proposal, fisher: Fishers) -> None:
     """Have the Fisher keep which coordinates moved in a check; the moments have absorbed the gradients."""
     for block in proposal.blocks:
         for part in block.parts():
-            fisher.mark(part)
+            fisher.of(block.group).mark(part)
         block.store()
 
 
-def turn(proposal: Proposal, fisher: AbstractFisher) -> None:
+def turn(proposal: Proposal, fisher: Fishers) -> None:
     """Let the Fisher's own coordinates follow the gradients, where the proposal is ok, once the step is over."""
     for block in proposal.blocks if fisher.rotates else ():
-        fisher.turn(block, allowed(proposal.ok, block.device))
+        fisher.of(block.group).turn(block, allowed(proposal.ok, block.device))
 
 
 def admit(square: Tensor, base: Tensor | None, gate: Gate | None) -> tuple[Tensor, Tensor, Gate | None]:
@@ -191,7 +191,7 @@ def admit_on_host(square: Tensor, base: Tensor | None, gate: Gate | None) -> tup
     return ok and not outlier, outlier, gate
 
 
-def fresh_slopes(proposal: Proposal, fisher: AbstractFisher, unit: float, *, masked: bool) -> Tensor:
+def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bool) -> Tensor:
     """Return ``-(g . s)`` of gradients not yet absorbed and the step s of the last check, for each parameter.
 
     The step is made anew from the moments, which have not moved since; nan for parameters that it did not move.
@@ -206,7 +206,7 @@ def fresh_slopes(proposal: Proposal, fisher: AbstractFisher, unit: float, *, mas
     for block in proposal.blocks:
         for part in block.parts() if block.step > 1 else ():
             old = part.but(step=part.step - 1)
-            directions = fisher.direction(old, None, None, part.last_bound, unit, marked=masked)
+            directions = fisher.of(block.group).direction(old, None, None, part.last_bound, unit, marked=masked)
             part.shorten(part.spread(directions), part.owners, last=True)
             found.append((block.shards, (part.owners, part.slopes(directions))))
     return by_owner(found, proposal.count, proposal.home)
@@ -229,15 +229,16 @@ def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.dev
     return sums
 
 
-def fisher_scale(buckets: Sequence[Bucket], fisher: AbstractFisher) -> Tensor:
+def fisher_scale(buckets: Sequence[Bucket], fisher: Fishers) -> Tensor:
     """Return c of step 3, 0-d."""
-    mean, square, floor = total([fisher.sums(bucket) for bucket in buckets], [bucket.shards for bucket in buckets])
+    sums = [fisher.of(bucket.group).sums(bucket) for bucket in buckets]
+    mean, square, floor = total(sums, [bucket.shards for bucket in buckets])
     scale: Tensor = 1 + mean / (square + floor)
     return scale
 
 
 def gradient_rms(
-    blocks: Sequence[Bucket], squares: Sequence[Tensor], ok: Tensor | bool, fisher: AbstractFisher
+    blocks: Sequence[Bucket], squares: Sequence[Tensor], ok: Tensor | bool, fisher: Fishers
 ) -> Tensor | float:
     """Return the root mean square of the gradients, by the second moments, not below :data:`SMALLEST_UNIT`.
 
@@ -253,7 +254,7 @@ def gradient_rms(
     for block, square in zip(blocks, squares, strict=True):
         allows, rise = allowed(ok, block.device), (1 - block.beta2) / block.correction2
         new = square if allows is None else torch.where(allows, square, 0.0)
-        parts.append(block.beta2 * fisher.square(block) + rise * new)
+        parts.append(block.beta2 * fisher.of(block.group).square(block) + rise * new)
     mean = total(parts, [block.shards for block in blocks]) / max(1, sum(block.coordinates for block in blocks))
     if on_host(mean.device):
         return max(SMALLEST_UNIT, sqrt(float(mean)))

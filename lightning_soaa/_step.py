@@ -17,7 +17,7 @@ from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread, fresh_slope
 from lightning_soaa._walk import step_sizes, walk
-from lightning_soaa.fisher import AbstractFisher
+from lightning_soaa.fisher import Fishers
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
 
 LossClosure = Callable[[], Any]
@@ -58,7 +58,7 @@ class Stepper:
     state: dict[Tensor, dict[str, Any]]
     defaults: dict[str, Any]
     rule: AbstractRadius
-    fisher: AbstractFisher
+    fisher: Fishers
     unread: Unread
     unclipped: dict[Tensor, Tensor] | None = None
     compiled: bool = False
@@ -123,13 +123,14 @@ class Stepper:
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
         left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
-        buckets = gather(entries, self.groups, self.state)
+        slope = head[keys.CHECKED_SLOPE] > 0
+        buckets = gather(entries, self.groups, self.state, checked=slope)
         return propose(
             buckets,
             base,
             self.fisher,
             gate=gate,
-            slope=head[keys.CHECKED_SLOPE] > 0,
+            slope=slope,
             fisher_limits=self.rule.fisher_limits,
             cautious=self.rule.cautious,
             unit=head[keys.GRADIENT_RMS],

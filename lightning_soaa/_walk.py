@@ -11,7 +11,7 @@ from lightning_soaa._dist import Shards
 from lightning_soaa._moments import move as move_along
 from lightning_soaa._proposal import Proposal, StepSize, by_owner
 from lightning_soaa._sums import allowed, gated, near, square_sum, stacked, total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher, Slopes
+from lightning_soaa.fisher import AbstractFisher, Fishers, Slopes
 
 # Takes a Fisher, a bucket and its directions, returns what they promise: 0-d, or for each parameter, shape (n,).
 Reduction = Callable[[AbstractFisher, Bucket, Sequence[Tensor]], Tensor]
@@ -37,7 +37,7 @@ def step_sizes(groups: Sequence[Mapping[str, Any]], radius: float, lr_unit: floa
 def walk(
     proposal: Proposal,
     sizes: Sequence[StepSize],
-    fisher: AbstractFisher,
+    fisher: Fishers,
     *,
     cautious: bool,
     decay: bool = True,
@@ -67,14 +67,14 @@ def walk(
     slopes: list[tuple[Shards, Slopes]] = []
     at_once = moves and not proposal.absorbed and reduction in (None, linear_reduction)
     for block in proposal.blocks:
-        size = sizes[block.group]
+        size, own = sizes[block.group], fisher.of(block.group)
         compiled = proposal.compiled and keeps and block.whole
         pace = Pace(size.lr, size.decay if decay else 0.0, cautious, keeps, reduction is not None, compiled)
-        if at_once and fisher.strides(block, proposal.unit, pace):
+        if at_once and own.strides(block, proposal.unit, pace):
             ok = allowed(proposal.ok, block.device)
-            square, found = fisher.stride(block, ok, size.radius, proposal.unit, pace)
+            square, found = own.stride(block, ok, size.radius, proposal.unit, pace)
         else:
-            square, found = in_parts(block, proposal, size, fisher, pace, moves=moves, reduction=reduction)
+            square, found = in_parts(block, proposal, size, own, pace, moves=moves, reduction=reduction)
         if keeps and not proposal.absorbed:
             block.store()
         squares.append(square)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, 
     )
 
 
+class Fishers(Protocol):
+    """The Fisher of each parameter group: one for all, or several."""
+
+    @property
+    def rotates(self) -> bool:
+        """Return whether one of them has coordinates of its own."""
+
+    def of(self, group: int) -> "AbstractFisher":
+        """Return the Fisher of a parameter group."""
+
+
 class AbstractFisher(ABC):
     """What the optimizer asks of a Fisher estimate: coordinates, and a diagonal in them. It sees no loss."""
 
@@ -69,7 +80,7 @@ class AbstractFisher(ABC):
         return False
 
     def of(self, group: int) -> "AbstractFisher":
-        """Return the Fisher of a parameter group: itself, unless groups have their own."""
+        """Return the Fisher of a parameter group: itself for all."""
         return self
 
     @abstractmethod

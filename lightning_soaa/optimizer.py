@@ -18,7 +18,7 @@ from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper, check_rules
 from lightning_soaa._sums import read
 from lightning_soaa._unread import Unread
-from lightning_soaa.fisher import AbstractFisher, DiagonalFisher
+from lightning_soaa.fisher import AbstractFisher, DiagonalFisher, Fishers
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport
@@ -142,7 +142,7 @@ class SOAA(Optimizer):
         return self._fisher.rotates
 
     @property
-    def _fisher(self) -> AbstractFisher:
+    def _fisher(self) -> Fishers:
         """Return the Fisher of all groups."""
         return joint_fisher(self.fisher_rule, self._own_fishers, len(self.param_groups))
 

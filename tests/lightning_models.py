@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -343,6 +344,18 @@ def assert_same(one, other, path=""):
         pass
     else:
         assert one == other or (one != one and other != other), path
+
+
+def assert_steps_alike(one, other, *, rtol=1e-12, report_rtol=1e-9):
+    """Fail unless two histories of (point, state, radius, report) decide alike and differ by rounding only."""
+    close = partial(torch.testing.assert_close, rtol=rtol, atol=1e-13)
+    for (point, moments, radius, report), (x, m, d, r) in zip(one, other, strict=True):
+        close(x, point)
+        close(m, moments)
+        assert d == pytest.approx(radius, rel=rtol)
+        for name, value in (report or {}).items():
+            exact = value is None or isinstance(value, bool | int)
+            assert r[name] == (value if exact else pytest.approx(value, rel=report_rtol, abs=1e-13, nan_ok=True)), name
 
 
 def manual_step(module, batch, trial):

@@ -2,13 +2,12 @@
 
 import sys
 import warnings
-from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning_models import ACCEPT, BATCH, QUIET, assert_same, fit, seed
+from lightning_models import ACCEPT, BATCH, QUIET, assert_same, assert_steps_alike, fit, seed
 from processes import of_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -174,15 +173,7 @@ def test_sharded_run_is_the_same_on_both_ranks_after_every_step(ranks, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sharded_run_decides_as_ddp_and_steps_alike_to_rounding(ranks, rule):
-    replicated, sharded = ranks[0][rule]
-    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
-    for (point, moments, radius, report), (x, m, d, r) in zip(replicated, sharded, strict=True):
-        close(x, point)
-        close(m, moments)
-        assert d == pytest.approx(radius, rel=1e-12)
-        for name, value in (report or {}).items():
-            exact = value is None or isinstance(value, bool | int)
-            assert r[name] == (value if exact else pytest.approx(value, rel=1e-9, abs=1e-13, nan_ok=True)), name
+    assert_steps_alike(*ranks[0][rule])
 
 
 def test_decisions_of_both_kinds_were_taken(ranks):

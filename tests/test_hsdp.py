@@ -2,12 +2,11 @@
 
 import sys
 import warnings
-from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_models import ACCEPT, QUIET, assert_same, fit, seed
+from lightning_models import ACCEPT, QUIET, assert_same, assert_steps_alike, fit, seed
 from processes import of_ranks
 from test_fsdp import Layers, MixedNet, ddp
 from torch.utils.data import DataLoader, TensorDataset
@@ -97,14 +96,7 @@ def test_run_is_the_same_on_all_ranks_after_every_step(ranks):
 def test_run_decides_as_ddp_and_steps_alike_to_rounding(ranks):
     replicated, hybrid_ = ranks[0]["ddp"], ranks[0]["hsdp"]
     assert len(hybrid_) == 2 * BATCHES
-    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
-    for (point, moments, radius, report), (x, m, d, r) in zip(replicated, hybrid_, strict=True):
-        close(x, point)
-        close(m, moments)
-        assert d == pytest.approx(radius, rel=1e-12)
-        for name, value in report.items():
-            exact = value is None or isinstance(value, bool | int)
-            assert r[name] == (value if exact else pytest.approx(value, rel=1e-9, abs=1e-13, nan_ok=True)), name
+    assert_steps_alike(replicated, hybrid_)
 
 
 def test_decisions_of_both_kinds_were_taken(ranks):

@@ -23,7 +23,7 @@ LAYERS = {
     "_bases": (set(), TORCH),
     "_frames": ({"_bucket", "fisher"}, TORCH),
     "kronecker": ({"_bases", "_bucket", "_checks", "_dist", "_frames", "_moments", "_sums", "fisher"}, TORCH),
-    "_fishers": ({"_bucket", "_checks", "fisher"}, TORCH),
+    "_fishers": ({"_checks", "fisher"}, set()),
     "gate": (set(), TORCH),
     "radius": ({"_checks"}, set()),
     "ratio": ({"_checks", "radius"}, set()),

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_models import ACCEPT, QUIET, assert_same, fit, seed
+from lightning_models import ACCEPT, QUIET, assert_same, assert_steps_alike, fit, seed
 from processes import of_ranks
 from test_fsdp import Layers, whole
 from torch import nn
@@ -155,16 +155,8 @@ def test_plain_loop_on_two_processes_decides_as_on_one_and_steps_alike_to_roundi
         assert_close(alone, together)
 
 
-def assert_close(one, other):
-    close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
-    assert len(one) == len(other)
-    for (point, moments, radius, report), (x, m, d, r) in zip(one, other, strict=True):
-        close(x, point)
-        close(m, moments)
-        assert d == pytest.approx(radius, rel=1e-11)
-        for name, value in (report or {}).items():
-            exact = value is None or isinstance(value, bool | int)
-            assert r[name] == (value if exact else pytest.approx(value, rel=1e-8, abs=1e-13, nan_ok=True)), name
+# Products over tensors that are split are summed in another order.
+assert_close = partial(assert_steps_alike, rtol=1e-11, report_rtol=1e-8)
 
 
 def assert_same_and_close(ranks, case):
