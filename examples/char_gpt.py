@@ -3,6 +3,7 @@
 python examples/char_gpt.py                                   # 0.1 M parameters, about a minute
 python examples/char_gpt.py --size 10M --minutes 60           # on a GPU if there is one
 python examples/char_gpt.py --size 10M --minutes 60 --optimizer adamw --lr 1e-3   # only AdamW needs the rate
+python examples/char_gpt.py --size 10M --text library         # 12 MB: the sources of Python's standard library
 
 The curves are in logs/char_gpt/<size>-<optimizer>/version_0: TensorBoard's file, and csv/metrics.csv.
 """
@@ -10,8 +11,10 @@ The curves are in logs/char_gpt/<size>-<optimizer>/version_0: TensorBoard's file
 import argparse
 import math
 import pydoc_data.topics
+import sysconfig
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -22,8 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soaa import SOAA, KroneckerFisher, SOAAMixin
 
-TEXT = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-CHARACTERS = sorted(set(TEXT))
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CODE = {character: number for number, character in enumerate(CHARACTERS)}
 SIZES = {
     "0.1M": {"layers": 2, "heads": 4, "width": 64, "context": 64, "dropout": 0.0, "batch": 16, "steps": 1000},
@@ -38,10 +40,10 @@ OPTIMIZERS = {
 
 
 class GPT(L.LightningModule):
-    def __init__(self, size: str, optimizer: str, lr: float, steps: int, minutes: float) -> None:
+    def __init__(self, size: str, optimizer: str, lr: float, steps: int, minutes: float, dropout: float) -> None:
         super().__init__()
         self.save_hyperparameters()
-        layers, heads, width, self.context, dropout, *_ = SIZES[size].values()
+        layers, heads, width, self.context, *_ = SIZES[size].values()
         self.token, self.place = nn.Embedding(len(CHARACTERS), width), nn.Embedding(self.context, width)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
@@ -101,23 +103,39 @@ class GPTUnderSOAA(SOAAMixin, GPT):
     """The same, trained by SOAA."""
 
 
-def loaders(context: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """Return windows of the first nine tenths of the text at random places, and those of the rest one after another."""
-    text = torch.tensor([CODE[character] for character in TEXT])
-    train, rest = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+def help_text() -> str:
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+def library_text() -> str:
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
+    return "\n\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
+
+
+TEXTS = {"help": help_text, "library": library_text}
+
+
+def loaders(text: str, context: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
+    """Return windows of the first nine tenths of the text at random places, and 256 of the rest at even distances."""
+    codes = torch.tensor([CODE[character] for character in text if character in CODE])
+    train, rest = codes[: len(codes) * 9 // 10], codes[len(codes) * 9 // 10 :]
     return (
         DataLoader(TensorDataset(train.unfold(0, context + 1, 1)), batch_size, shuffle=True, drop_last=True),
-        DataLoader(TensorDataset(rest.unfold(0, context + 1, context)), 2 * batch_size),
+        DataLoader(TensorDataset(rest.unfold(0, context + 1, max(context, len(rest) // 256))), 2 * batch_size),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.1M", help="number of parameters")
+    parser.add_argument("--text", choices=TEXTS, default="help", help="what it learns to write")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="kronecker")
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; SOAA has none")
     parser.add_argument("--steps", type=int, help="default: 1000, or 4000 of the larger sizes")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after these, if the steps are not done before")
+    parser.add_argument("--batch", type=int, help="windows in a batch; default: 16, or 32 of the larger sizes")
+    parser.add_argument("--dropout", type=float, help="default: 0, or 0.2 of the larger sizes")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed is faster on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="60 steps, to see that it runs")
@@ -126,9 +144,11 @@ def main() -> None:
     L.seed_everything(args.seed)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
     steps = 60 if args.fast else args.steps or SIZES[args.size]["steps"]
-    train, valid = loaders(SIZES[args.size]["context"], SIZES[args.size]["batch"])
+    size = SIZES[args.size]
+    train, valid = loaders(TEXTS[args.text](), size["context"], args.batch or size["batch"])
     kind = GPT if args.optimizer == "adamw" else GPTUnderSOAA
-    model = kind(args.size, args.optimizer, args.lr, steps, args.minutes)
+    dropout = size["dropout"] if args.dropout is None else args.dropout
+    model = kind(args.size, args.optimizer, args.lr, steps, args.minutes, dropout)
     logger = TensorBoardLogger("logs", f"char_gpt/{args.size}-{args.optimizer}")
     trainer = L.Trainer(
         max_steps=steps,
