@@ -5,17 +5,18 @@ from torch import Tensor
 
 from benchmarks.data import Batch
 
-KINDS = ("inputs", "gradients", "nan", "scattered")
+KINDS = ("inputs", "gradients", "nan", "scattered", "scattered nan")
+SCATTERED = KINDS[3:]
 OFFSETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)
 
 
 def poisoned_steps(kind: str, steps: int, seed: int) -> set[int]:
-    """Return the steps whose batch is poisoned: one half-way, or a random hundredth of all for "scattered"."""
+    """Return the steps whose batch is poisoned: one half-way, or a random hundredth of all where they are scattered."""
     if not kind:
         return set()
     if kind not in KINDS:
         raise ValueError(f"benchmarks: no poison {kind!r}; there are {', '.join(KINDS)}")
-    if kind != "scattered":
+    if kind not in SCATTERED:
         return {steps // 2}
     generator = torch.Generator().manual_seed(seed + 77)
     return set(torch.randperm(steps, generator=generator)[: max(1, steps // 100)].tolist())

@@ -9,7 +9,7 @@ from statistics import mean
 
 from benchmarks.experiments import DECADES, Experiment
 from benchmarks.fingerprint import package_versions
-from benchmarks.poison import KINDS
+from benchmarks.poison import KINDS, SCATTERED
 from benchmarks.search import Plan, reference_rate, spec_of, winner
 from benchmarks.settings import BATCHES, HORIZONS, SHAPES, Setting, changed, window
 from benchmarks.specs import HARNESS, Store
@@ -182,15 +182,16 @@ def poison_grids(plan: Plan, store: Store) -> list[Grid]:
             for kind in KINDS:
                 hit = cell(store, [pick(seed=seed, poison=kind) for seed in range(plan.seeds)])
                 row.append(ratio(_final(hit) / _final(clean)) if hit and clean else "-")
-                if kind != "scattered":
+                if kind not in SCATTERED:
                     row.append(_steps_back(hit))
             rows.append(row)
         header = ["task"]
         for kind in KINDS:
-            header += [kind] if kind == "scattered" else [kind, "steps back"]
+            header += [kind] if kind in SCATTERED else [kind, "steps back"]
         note = (
             "Final validation loss over that of the clean run (means over seeds); steps until it is within 5 % of what "
-            "it was before the batch."
+            "it was before the batch. A batch whose loss is nan is left out by all who look at it: what that costs is "
+            "what the batch was worth, and how much the runs differ by chance."
         )
         grids.append(Grid(f"{contender}, poisoned batches", note, header, rows))
     return grids

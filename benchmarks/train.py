@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.contenders import Driver, parse
 from benchmarks.data import Batch, batches
 from benchmarks.guard import Replay
-from benchmarks.poison import OFFSETS, poisoned_steps, spoil_gradients, spoil_inputs
+from benchmarks.poison import OFFSETS, SCATTERED, poisoned_steps, spoil_gradients, spoil_inputs
 from benchmarks.specs import RunSpec
 from benchmarks.tasks import Task, get_task
 
@@ -55,7 +55,7 @@ class Run:
         def loss_of() -> Tensor:
             self.forwards += 1
             loss = self.task.training_loss(self.model, batch)
-            return loss * float("nan") if bad == "nan" else loss
+            return loss * float("nan") if bad.endswith("nan") else loss
 
         def closure() -> Tensor:
             nonlocal calls
@@ -129,7 +129,7 @@ def _loop(run: Run, stream: Iterator[Batch]) -> None:
     count = min(EVALUATIONS, spec.steps)
     due = {round(spec.steps * k / count) for k in range(1, count + 1)}
     marks = {round(spec.steps * part / 100): f"{part}%" for part in (25, 50, 100)}
-    watched = {spec.steps // 2 + offset: offset for offset in OFFSETS} if spec.poison not in ("", "scattered") else {}
+    watched = {spec.steps // 2 + offset: offset for offset in OFFSETS if spec.poison not in ("", *SCATTERED)}
     for index in range(spec.steps):
         if index in watched:
             run.trace.append([watched[index], run.validate()])

@@ -17,8 +17,10 @@ WARM_UP = 5
 NORM_DEVIATIONS, NORM_FACTOR = 6.0, 3.0
 # Where norms scatter widely that is too far: so is one whose norm is this factor above the highest of those taken.
 PEAK_FACTOR = 5.0
-# So is one whose loss is this many standard deviations, and whose norm is this factor, above the mean.
-LOSS_DEVIATIONS, LOSS_FACTOR = 10.0, 2.0
+# So is one whose loss is this many standard deviations above the mean, if its norm is this factor above the mean or
+# its loss this factor above the mean's size: a wrong sample need not have a long gradient, and Adam's moments would
+# make a step of ordinary length of it.
+LOSS_DEVIATIONS, LOSS_NORM_FACTOR, LOSS_FACTOR = 10.0, 2.0, 10.0
 # Of the averages of means and variances, the share of the newest; what the highest is forgotten by on each step, and
 # how much of the way to the limit an outlier lifts it.
 MEAN_SHARE, VARIANCE_SHARE, PEAK_LOSS, PEAK_LIFT = 0.1, 0.01, 0.001, 0.1
@@ -47,7 +49,7 @@ def pass_gate_on_host(
     worst = LOSS_DEVIATIONS * loss_variance**0.5
     far = norms_seen >= WARM_UP and gap > highest
     if loss is not None and losses_seen >= WARM_UP:
-        far = far or (loss - loss_mean > worst and gap > log(LOSS_FACTOR))
+        far = far or (loss - loss_mean > worst and (gap > log(LOSS_NORM_FACTOR) or loss > LOSS_FACTOR * abs(loss_mean)))
     outlier = far and credit >= 1
     if norms_seen > 0:
         lifted = peak + PEAK_LIFT * max(0.0, min(gap, highest) - peak)
@@ -94,7 +96,8 @@ def pass_gate(known: Tensor, square: Tensor, loss: Tensor | None, finite: Tensor
     highest = torch.minimum(NORM_DEVIATIONS * spread[0] + log(NORM_FACTOR), peak + log(PEAK_FACTOR))
     limit = torch.stack([highest, LOSS_DEVIATIONS * spread[1]])
     warm = usable & (seen >= WARM_UP)
-    far = (warm[0] & (gap[0] > limit[0])) | (warm[1] & (gap[1] > limit[1]) & (gap[0] > log(LOSS_FACTOR)))
+    beyond = (gap[0] > log(LOSS_NORM_FACTOR)) | (gap[1] + mean[1] > LOSS_FACTOR * mean[1].abs())
+    far = (warm[0] & (gap[0] > limit[0])) | (warm[1] & (gap[1] > limit[1]) & beyond)
     outlier = far & (credit >= 1)
     newest = 1 / (seen + 1)
     moved = torch.where(far, torch.where(outlier, 0.0, gap), newest.clamp_min(MEAN_SHARE) * gap)

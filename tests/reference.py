@@ -280,7 +280,8 @@ class Gate:
         highest = min(6 * np.sqrt(self.variances[0]) + np.log(3), self.peak + np.log(5))
         limits = [highest, 10 * np.sqrt(self.variances[1])]
         warm = [seen >= 5 for seen in self.seen]
-        far = (warm[0] and gaps[0] > limits[0]) or (warm[1] and gaps[1] > limits[1] and gaps[0] > np.log(2))
+        beyond = gaps[0] > np.log(2) or (loss is not None and loss > 10 * abs(self.means[1]))
+        far = (warm[0] and gaps[0] > limits[0]) or (warm[1] and gaps[1] > limits[1] and beyond)
         out = far and self.credit >= 1
         if self.seen[0]:
             lifted = self.peak + 0.1 * max(0.0, min(gaps[0], highest) - self.peak)

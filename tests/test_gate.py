@@ -77,8 +77,17 @@ def test_a_hundredfold_gradient_among_steady_ones_is_left_out(count, with_losses
 
 def test_gradient_of_twice_the_norm_is_left_out_if_its_loss_is_far_out_too():
     norms, losses = steady(200, spread=0.05)
-    for norm, loss, expected in ((2.5, 2.0, False), (1.0, 50.0, False), (2.5, 50.0, True)):
+    for norm, loss, expected in ((2.5, 2.0, False), (1.0, 15.0, False), (2.5, 15.0, True)):
         out, _ = decisions([*norms, norm], [*losses, loss])
+        assert not any(out[:-1])
+        assert out[-1] is expected
+
+
+@pytest.mark.parametrize("offset", [0.0, -4.0])
+def test_gradient_of_ordinary_norm_is_left_out_if_its_loss_is_ten_times_the_usual_size_and_far_out(offset):
+    norms, losses = steady(200, spread=0.05)
+    for norm, loss, expected in ((1.0, 15.0, False), (1.0, 25.0, True), (0.5, 25.0, True)):
+        out, _ = decisions([*norms, norm], [*(offset + loss for loss in losses), loss])
         assert not any(out[:-1])
         assert out[-1] is expected
 
