@@ -16,7 +16,7 @@ WARM_UP = 5
 # A gradient is far out if its norm is this many standard deviations (of the logarithm) and this factor above the mean.
 NORM_DEVIATIONS, NORM_FACTOR = 6.0, 3.0
 # Where norms scatter widely that is too far: so is one whose norm is this factor above the highest of those taken.
-PEAK_FACTOR = 5.0
+PEAK_FACTOR = 4.0
 # So is one whose loss is this many standard deviations above the mean, if its norm is this factor above the mean or
 # its loss this factor above the mean's size: a wrong sample need not have a long gradient, and Adam's moments would
 # make a step of ordinary length of it.

@@ -277,7 +277,7 @@ class Gate:
             return False
         there = [0] if loss is None else [0, 1]
         gaps = [np.log(square) / 2 - self.means[0], 0.0 if loss is None else loss - self.means[1]]
-        highest = min(6 * np.sqrt(self.variances[0]) + np.log(3), self.peak + np.log(5))
+        highest = min(6 * np.sqrt(self.variances[0]) + np.log(3), self.peak + np.log(4))
         limits = [highest, 10 * np.sqrt(self.variances[1])]
         warm = [seen >= 5 for seen in self.seen]
         beyond = gaps[0] > np.log(2) or (loss is not None and loss > 10 * abs(self.means[1]))
