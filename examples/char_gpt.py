@@ -34,7 +34,7 @@ SIZES = {
 }
 OPTIMIZERS = {
     "soaa": lambda params, lr: SOAA(params),
-    "kronecker": lambda params, lr: SOAA(params, fisher=KroneckerFisher()),
+    "kronecker": lambda params, lr: SOAA(params, fisher=KroneckerFisher(max_dim=512)),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=0.0),
 }
 

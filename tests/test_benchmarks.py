@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
-from benchmarks import plugins, tables
+from benchmarks import char_gpt, plugins, tables
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, parse
 from benchmarks.data import batches
@@ -407,3 +407,33 @@ def test_a_planned_budget_buys_fewer_steps_of_a_dearer_contender():
     assert [spec.steps for spec in planned(plan, store, "digits_mlp", "momo", "passes")] == [450]
     assert [spec.steps for spec in planned(plan, store, "digits_mlp", "momo", "CPU time")] == [600]
     assert planned(plan, store, "digits_mlp", "adamw", "passes") == []
+
+
+def test_curves_of_the_longer_runs_survive_their_file_and_say_when_adamws_loss_was_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(char_gpt, "RESULTS", tmp_path / "char_gpt.csv")
+    monkeypatch.setattr(char_gpt, "PICTURE", tmp_path / "char_gpt.png")
+    runs = {
+        ("soaa", "0.001"): (3.0, 2.0, 1.5),
+        ("adamw", "0.003"): (3.5, 2.5, 2.0),
+        ("adamw", "0.001"): (4.0, 3.0, 2.2),
+    }
+    for version, ((optimizer, lr), losses) in enumerate(runs.items()):
+        folder = tmp_path / "logs" / "10M" / f"version_{version}"
+        (folder / "csv").mkdir(parents=True)
+        (folder / "hparams.yaml").write_text(f"lr: {lr}\noptimizer: {optimizer}\nsize: 10M\n")
+        rows = [f"{50 * i + 49},{60.0 * (i + 1)},{loss}\n{50 * i + 50},,\n" for i, loss in enumerate(losses)]
+        (folder / "csv" / "metrics.csv").write_text("step,val/seconds,val/loss\n" + "".join(rows))
+    curves = char_gpt.read_runs(tmp_path / "logs")
+    assert curves["SOAA"] == [(50, 60.0, 3.0), (100, 120.0, 2.0), (150, 180.0, 1.5)]
+    char_gpt.write_curves(curves)
+    assert char_gpt.read_curves() == curves
+    assert "| SOAA | 150 | 3.0 | 1.500 | 2.0 min, 100 steps |" in char_gpt.table(curves)
+    assert "| AdamW at 0.001 | 150 | 3.0 | 2.200 | - |" in char_gpt.table(curves)
+    char_gpt.draw(curves)
+    assert (tmp_path / "char_gpt.png").stat().st_size > 5000
+
+
+def test_a_folder_without_longer_runs_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        char_gpt.read_runs(tmp_path)
+    assert str(error.value) == (f"benchmarks.char_gpt: `folder` must hold runs of examples/char_gpt.py, got {tmp_path}")
