@@ -91,18 +91,18 @@ def _refuse_flat(strategy: Any, plugin: Any) -> None:
     Raises:
         ValueError: the text names the flag and the remedy.
     """
-    kind, remedy = "FSDPStrategy", "or use ModelParallelStrategy, which is FSDP2"
+    kind, other = "FSDPStrategy", "ModelParallelStrategy, which is FSDP2"
     if not strategy.kwargs.get("use_orig_params"):
         found = str(strategy.kwargs.get("use_orig_params"))
-        reason = "portions and norms go by parameters, of which one flat tensor knows nothing: leave it out"
+        reason = "portions go by parameters, of which a flat one knows nothing: leave it out"
         refuse(f"{kind}(use_orig_params=...)", "True", found, reason)
     if strategy.cpu_offload.offload_params:
-        reason = f"sums over processes are formed on the device: leave it out, {remedy}"
+        reason = f"sums over processes are formed on the device: leave it out, or use {other}"
         refuse(f"{kind}(cpu_offload=...)", "left out", "parameters that are offloaded", reason)
     precision = getattr(plugin, "precision", type(plugin).__name__)
     if not _compat.is_lightning(plugin, frozenset({"FSDPPrecision"})) or precision not in _compat.FLAT_PRECISIONS:
         rule = f"{' or '.join(_compat.FLAT_PRECISIONS)} under {kind}"
-        refuse("Trainer(precision=...)", rule, precision, f"not supported yet: use one of these, {remedy}")
+        refuse("Trainer(precision=...)", rule, precision, f"not supported yet: use one of these, or {other}")
 
 
 def with_parts(config: Any, module: Any) -> Any:
