@@ -46,14 +46,20 @@ def parts_of(module: nn.Module) -> dict[Tensor, Part]:
 
     Raises:
         RuntimeError: this release of torch keeps them in another way.
+        ValueError: they are not there any more, but for the flat one that they have been made.
     """
     kind, parts = wrapper_class(), dict[Tensor, Part]()
     with _known_release():
         for handle in [part._handle for part in module.modules() if isinstance(part, kind)]:
-            if handle is not None:
-                shards = (handle.process_group,) if handle.uses_sharded_strategy else ()
-                for param, coordinates in zip(handle.flat_param._params, handle.flat_param._numels, strict=True):
-                    parts[param] = Part(shards, coordinates)
+            if handle is None:
+                continue
+            flat, shards = handle.flat_param, (handle.process_group,) if handle.uses_sharded_strategy else ()
+            if flat._params is None:
+                raise ValueError(
+                    "SOAA: `FullyShardedDataParallel(use_orig_params=...)` must be True, got False; portions go by "
+                    "parameters, of which a flat one knows nothing"
+                )
+            parts |= {p: Part(shards, size) for p, size in zip(flat._params, flat._numels, strict=True)}
     return parts
 
 

@@ -63,8 +63,8 @@ def _check(module: Any, optimizer: Any, loss_fn: Any) -> Any:
     if _compat.gathers(module.trainer):
         raise ValueError(
             f"{who}: `Trainer(strategy=...)` must be another than FSDPStrategy for a module that calls soaa_step, got "
-            f"{type(module.trainer.strategy).__name__}; it runs no backward inside of `training_step`: use "
-            "ModelParallelStrategy, which is FSDP2"
+            f"{type(module.trainer.strategy).__name__}; no backward can run inside of the forward of what wraps it: "
+            "wrap parts of it in configure_model, or use ModelParallelStrategy, which is FSDP2"
         )
     if not callable(loss_fn):
         refuse(who, "loss_fn", "callable", loss_fn, TypeError)

@@ -19,9 +19,19 @@ from processes import of_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_soaa import SOAA, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius, TrustRegionMonitor, _flat
+from lightning_soaa import (
+    SOAA,
+    FixedRadius,
+    KroneckerFisher,
+    PublishedRadius,
+    RatioRadius,
+    TrustRegionMonitor,
+    _flat,
+    _holdings,
+)
 from lightning_soaa._setup import refuse_unsupported
 from lightning_soaa.module import SOAAMixin
+from lightning_soaa.trial import preserved_attributes
 
 pytestmark = [*QUIET, pytest.mark.processes]
 
@@ -41,13 +51,14 @@ class OnCpu(FSDPStrategy):
 
         if "HYBRID" in self.sharding_strategy.name:
             self.kwargs["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        model = FullyShardedDataParallel(
-            model.to(model.dtype_of_parameters),
-            mixed_precision=self.mixed_precision_config,
-            sharding_strategy=self.sharding_strategy,
-            device_id=torch.device("cpu"),
-            **self.kwargs,
-        )
+        if not any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+            model = FullyShardedDataParallel(
+                model.to(model.dtype_of_parameters),
+                mixed_precision=self.mixed_precision_config,
+                sharding_strategy=self.sharding_strategy,
+                device_id=torch.device("cpu"),
+                **self.kwargs,
+            )
         self.kwargs.pop("auto_wrap_policy", None)
         return super()._setup_model(model)
 
@@ -198,6 +209,30 @@ class SingleAutomatic(Single, AutomaticNet):
     pass
 
 
+class WrappedNet(SingleNet):
+    """Makes a unit of a part of itself; each rank holds all of the bias."""
+
+    use_orig_params = True
+
+    def configure_model(self):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if not isinstance(self.net, FullyShardedDataParallel):
+            options = {"device_id": torch.device("cpu"), "use_orig_params": self.use_orig_params}
+            self.net = FullyShardedDataParallel(self.net, **options)
+
+
+class OwnLoopWrappedNet(WrappedNet):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        return self.soaa_step(self.optimizers(), lambda: super(OwnLoopWrappedNet, self).training_step(batch, batch_idx))
+
+
+class FlatWrappedNet(WrappedNet):
+    use_orig_params = False
+
+
 def fsdp1(**options):
     from torch.distributed.fsdp import MixedPrecision
 
@@ -238,6 +273,7 @@ SHARDING = {
     "NO_SHARD": {"sharding_strategy": "NO_SHARD"},
 }
 MODULES = {"nan on one rank": NanNet, "frozen layer": FrozenNet}
+WRAPPED = {"by itself": WrappedNet, "by itself, in a loop of its own": OwnLoopWrappedNet}
 FORMATS = ("full", "sharded")
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -264,6 +300,8 @@ def job_of_flags(folder):
         runs = [history(kind, fsdp1(mixed_precision=None), rule, **flags) for kind, rule in cases]
         found[name] = [[step[:3] for step in each] for each in runs]
         found[name, "ratio"] = history(SingleNet, fsdp1(mixed_precision=None), RATIO, precision=name)
+    for name, kind in WRAPPED.items():
+        found[name] = history(kind, fsdp1(mixed_precision=None), RATIO)
     found["partly used"] = history(PartlyUsedNet, fsdp1(), RATIO)
     found["refused"] = {name: refusal(*args, **flags) for name, (args, flags, _) in REFUSED.items()}
     return {**found, **job_of_checkpoints(folder)}
@@ -308,8 +346,13 @@ REFUSED = {
     "a loop of the module's own": (
         (OwnLoopNet, FixedRadius()), {},
         "ValueError: SOAAMixin: `Trainer(strategy=...)` must be another than FSDPStrategy for a module that calls "
-        "soaa_step, got FSDPStrategy; it runs no backward inside of `training_step`: use ModelParallelStrategy, which "
-        "is FSDP2",
+        "soaa_step, got FSDPStrategy; no backward can run inside of the forward of what wraps it: wrap parts of it in "
+        "configure_model, or use ModelParallelStrategy, which is FSDP2",
+    ),
+    "flat parameters of the module's own": (
+        (FlatWrappedNet, FixedRadius()), {},
+        "ValueError: SOAA: `FullyShardedDataParallel(use_orig_params=...)` must be True, got False; portions go by "
+        "parameters, of which a flat one knows nothing",
     ),
     "no mixin": (
         (Layers, FixedRadius()), {},
@@ -400,6 +443,14 @@ def test_precisions_decide_alike_on_both_ranks(flags, precision):
     assert {report["accepted"] for report in reports if report["checked"]} == {True, False}
 
 
+@pytest.mark.parametrize("name", WRAPPED)
+def test_module_that_wraps_a_part_of_itself_decides_as_one_that_is_wrapped(flags, name):
+    assert_same(*(rank[name] for rank in flags))
+    for (point, *_, report), (other, *_, its_report) in zip(flags[0]["32-true", "ratio"], flags[0][name], strict=True):
+        torch.testing.assert_close(other, point, rtol=1e-5, atol=1e-6)
+        assert its_report["accepted"] == report["accepted"]
+
+
 def test_parameters_of_a_unit_that_is_not_used_count_as_with_gradients_of_zeros(flags):
     """A rank that has nothing of a parameter cannot tell that others have no gradient of it; none waits for another."""
     one, other = (rank["partly used"] for rank in flags)
@@ -475,6 +526,15 @@ def test_release_of_torch_without_the_private_names_is_refused_by_name(monkeypat
         f"SOAA: torch {torch.__version__} keeps the parts of FullyShardedDataParallel in a way that is not known here; "
         "use ModelParallelStrategy, which is FSDP2"
     )
+
+
+def test_trial_leaves_the_wrappers_own_attributes_to_torch(monkeypatch):
+    monkeypatch.setattr(_holdings, "wrapper_class", lambda: nn.Linear)
+    module = nn.Sequential(nn.Linear(1, 1))
+    with preserved_attributes(module):
+        module.count = module[0].count = 1
+    assert vars(module[0])["count"] == 1
+    assert "count" not in vars(module)
 
 
 JOBS = {
