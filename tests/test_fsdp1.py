@@ -374,13 +374,13 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory):
     """What both ranks came to against DDP."""
-    return of_ranks(__file__, tmp_path_factory.mktemp("rules"), "rules", seconds=240)
+    return of_ranks(__file__, tmp_path_factory.mktemp("rules"), "rules", seconds=480)
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """What both ranks came to against FSDP1 itself."""
-    return of_ranks(__file__, tmp_path_factory.mktemp("flags"), "flags", seconds=240)
+    return of_ranks(__file__, tmp_path_factory.mktemp("flags"), "flags", seconds=480)
 
 
 CASES = (*RULES, *SHARDING, *MODULES)
