@@ -40,10 +40,15 @@ def begin_batch(module: Any, batch: Any, batch_idx: int) -> None:
             vars(module)["_soaa_batch_versions"] = versions(arguments)
         window: Window = module._soaa_window
         window.replays.append(Replay(module.training_step, own_containers(arguments), Start(module, replayed=False)))
-        if _compat.is_wrapped(trainer):
+        if _starts_inside(trainer):
             _start_at_forward(module, window)
         elif _compat.accumulating(trainer):
             _start(module, window)
+
+
+def _starts_inside(trainer: Any) -> bool:
+    """Return whether a batch starts inside of the forward of what the module is wrapped in."""
+    return _compat.is_wrapped(trainer) and not _compat.gathers(trainer)
 
 
 def _start(module: Any, window: Window) -> None:
@@ -86,7 +91,7 @@ def optimizer_step(module: Any, step: Callable[..., Any], closure: Callable[[], 
     window: Window = module._soaa_window
 
     def whole() -> Tensor | None:
-        if not _compat.is_wrapped(module.trainer):  # the user's `optimizer_step` may have drawn random numbers
+        if not _starts_inside(module.trainer):  # the user's `optimizer_step` may have drawn random numbers
             _start(module, window)
         loss = closure()
         _enter(module, window, loss)

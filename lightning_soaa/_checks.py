@@ -10,6 +10,14 @@ def refuse(owner: str, name: str, rule: str, value: object, error: type[Exceptio
     raise error(f"{owner}: `{name}` must be {rule}, got {value!r}")
 
 
+def refuse_sharded(fisher: object) -> NoReturn:
+    """Refuse a Fisher that needs whole parameters, where they are sharded."""
+    raise ValueError(
+        f"SOAA: `fisher` must be DiagonalFisher() where parameters are sharded, got {type(fisher).__name__}; leave it "
+        "out, or train with DDP"
+    )
+
+
 def check_real(owner: str, name: str, value: Any) -> float:
     """Return `value` as a finite float.
 

@@ -145,8 +145,12 @@ def _forward(module: Any, step: Callable[..., Any], arguments: tuple[Any, ...], 
 
     def start_and_step(*given: Any) -> Any:
         """Keep the start where DistributedDataParallel has given this process the buffers of the first."""
-        started.append(start_of(module, window))
+        if not started:
+            started.append(start_of(module, window))
         return step(*given)
+
+    if _compat.gathers(trainer):  # inside, it would hold what is gathered for this forward
+        started.append(start_of(module, window))
 
     own, before = own_containers(arguments), None if module._soaa_batch_seen else versions(arguments)
     with _compat.training_step_context(module):
@@ -199,7 +203,8 @@ def _replayed_loss(module: Any, window: Window) -> Tensor:
         for replay in window.replays:
             replay.start.rewind()
             with _compat.training_step_context(module):
-                output = replay.step(*own_containers(replay.arguments))
+                arguments = own_containers(replay.arguments)
+                output = _compat.forward_again(module.trainer, module, replay.step, *arguments)
                 loss = _compat.result_of(module.trainer, output).loss
             if loss is None:
                 return torch.tensor(nan, device=module.device)

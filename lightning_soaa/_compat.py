@@ -22,8 +22,10 @@ import torch
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 SHADOWED = "_soaa_shadowed"
 PRECISIONS = frozenset({"Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"})
+FLAT_PRECISIONS = ("32-true", "bf16-mixed")  # of FSDPPrecision
 
-STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"})
+FLAT_STRATEGIES = frozenset({"FSDPStrategy"})
+STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}) | FLAT_STRATEGIES
 
 
 def lightning(trainer: Any, name: str) -> ModuleType:
@@ -164,6 +166,16 @@ def is_wrapped(trainer: Any) -> bool:
     return trainer.strategy.model is not trainer.lightning_module
 
 
+def shards_flat(trainer: Any) -> bool:
+    """Return whether the strategy is FSDP1, whose parameters are flat parts of the module's."""
+    return is_lightning(trainer.strategy, FLAT_STRATEGIES)
+
+
+def gathers(trainer: Any) -> bool:
+    """Return whether parameters are whole only inside of the forward of what the module is wrapped in, as for FSDP1."""
+    return is_wrapped(trainer) and shards_flat(trainer)
+
+
 def unwrap(trainer: Any, module: Any) -> Callable[[], None]:
     """Let the strategy call `module` itself, not what it is wrapped in, and return what undoes that."""
     strategy = trainer.strategy
@@ -192,6 +204,17 @@ def forward(trainer: Any, module: Any, method: str, *arguments: Any) -> Any:
             "parameters"
         )
     return output
+
+
+def forward_again(trainer: Any, module: Any, step: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `step` of `module` returns in a trial: called by way of a wrapper only where that gathers parameters.
+
+    DistributedDataParallel would take the forward for one that gradients follow.
+    """
+    if not gathers(trainer):
+        return step(*arguments)
+    strategy = trainer.strategy
+    return strategy._forward_redirection(strategy.model, module, "_soaa_step", step, *arguments)
 
 
 def scales_gradients(trainer: Any) -> bool:

@@ -46,6 +46,19 @@ def chosen(layers: Layers, wanted: int | Sequence[str]) -> Layers:
     return {name: layers[name] for name in wanted}
 
 
+def refuse_parts(layers: int | Sequence[str], *, histograms: bool) -> None:
+    """Refuse figures of layers of which a process sees only parts.
+
+    Raises:
+        ValueError: `layers` or `histograms` are asked for.
+    """
+    if layers or histograms:
+        raise ValueError(
+            f"TrustRegionMonitor: `layers` and `histograms` must be left out under FSDPStrategy, got {layers=}, "
+            f"{histograms=}; a process sees only its parts of parameters: use ModelParallelStrategy, which is FSDP2"
+        )
+
+
 @dataclass
 class Details:
     """Figures of some layers of one optimizer.

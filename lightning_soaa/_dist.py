@@ -66,6 +66,13 @@ def over_shards(values: Tensor, shards: Shards, op: str = "SUM") -> Tensor:
     return total
 
 
+def gathered(value: Any) -> list[Any]:
+    """Return the `value` of each process, of any kind that can be pickled. Every rank must call it."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def reshard(module: nn.Module) -> None:
     """Have the next forward gather the parameters anew where torch's fully_shard has left gathered ones behind.
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._bucket import Bucket
-from lightning_soaa._checks import refuse
-from lightning_soaa._dist import Shards, local, over_shards, shards_of
+from lightning_soaa._checks import refuse, refuse_sharded
+from lightning_soaa._dist import Shards, gathered, local, over_shards, shards_of, world_size
+from lightning_soaa._flat import Parts, is_flattened
 from lightning_soaa._portions import portions_of
 from lightning_soaa._state import GROUP_RADIUS, PORTIONS, STEP, as_real, state_dtype
 from lightning_soaa._sums import total, wide_dtype
-from lightning_soaa.fisher import Fishers
+from lightning_soaa.fisher import AbstractFisher, Fishers
 from lightning_soaa.radius import AbstractRadius
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter
@@ -21,8 +22,11 @@ Entry = tuple[int, Tensor]  # index of the parameter group, parameter
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
+def find_gradients(groups: Sequence[Mapping[str, Any]], parts: Parts) -> list[Entry]:
     """Return all parameters with a gradient.
+
+    Those of `parts` that are trained all get one, of zeros where there is none: a process that holds nothing of a
+    parameter cannot tell whether others have a gradient of it, and all have to go through the same parameters.
 
     Raises:
         TypeError: a gradient is sparse; the text names its parameter.
@@ -31,7 +35,9 @@ def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
     for index, group in enumerate(groups):
         for place, param in enumerate(group["params"]):
             if param.grad is None:
-                continue
+                if not (parts and param.requires_grad and param in parts and parts[param].shards):
+                    continue
+                param.grad = torch.zeros_like(param)
             if param.grad.layout != torch.strided:
                 names = group.get("param_names")
                 name = names[place] if names else f"{place} of group {index}"
@@ -42,22 +48,28 @@ def find_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
     return entries
 
 
-def only_zeros(entries: Iterable[Entry]) -> bool:
+def spread_over(param: Tensor, parts: Parts) -> Shards:
+    """Return the groups over which the coordinates of a parameter are spread."""
+    part = parts.get(param) if parts else None
+    return shards_of(param) if part is None else part.shards
+
+
+def only_zeros(entries: Iterable[Entry], parts: Parts) -> bool:
     """Return whether all gradients are zero. The host waits for the device once a parameter, up to the first other."""
     return not any(
-        bool(over_shards(local(param.grad).count_nonzero(), shards_of(param.grad)))
+        bool(over_shards(local(param.grad).count_nonzero(), spread_over(param, parts)))
         for _, param in entries
         if param.grad is not None
     )
 
 
-def no_gradients(groups: Sequence[Mapping[str, Any]], *, look: bool) -> bool:
+def no_gradients(groups: Sequence[Mapping[str, Any]], parts: Parts, *, look: bool) -> bool:
     """Return whether there is nothing to go by: no gradient, or, if asked to `look`, only zeros.
 
     torch.distributed.checkpoint steps so to have the state created.
     """
-    entries = find_gradients(groups)
-    return not entries or (look and only_zeros(entries))
+    entries = find_gradients(groups, parts)
+    return not entries or (look and only_zeros(entries, parts))
 
 
 def gradient_sizes(entries: Iterable[Entry], scale: Tensor | float = 1.0) -> dict[Tensor, Tensor]:
@@ -71,7 +83,7 @@ def gradient_sizes(entries: Iterable[Entry], scale: Tensor | float = 1.0) -> dic
     return sizes
 
 
-def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) -> Tensor:
+def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor], parts: Parts) -> Tensor:
     """Return the share of gradients that clipping left, over all shards, 0-d; 1 where there is no telling.
 
     Parameters whose gradient is gone, or zero, have been left out, not clipped: the step does not go along them.
@@ -79,12 +91,13 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
     Args:
         before: :func:`gradient_sizes` before clipping.
         after: the same after it.
+        parts: parameters of which this process holds parts.
     """
     pairs, shards = [], []
     for param, size in after.items():
         if param in before:
             pairs.append(torch.stack([size, torch.where(size > 0, before[param].to(size.device), 0.0)]))
-            shards.append(shards_of(param))
+            shards.append(spread_over(param, parts))
     if not pairs:
         return torch.ones(())
     left, whole = total(pairs, shards)
@@ -93,16 +106,58 @@ def share_left(before: Mapping[Tensor, Tensor], after: Mapping[Tensor, Tensor]) 
 
 
 def ensure_state(
-    entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: Fishers, rule: AbstractRadius
+    entries: Sequence[Entry], state: dict[Tensor, dict[str, Any]], fisher: Fishers, rule: AbstractRadius, parts: Parts
 ) -> None:
-    """Give every parameter that has none its fresh state (`state` is modified in place)."""
+    """Give every parameter that has none its fresh state (`state` is modified in place).
+
+    Raises:
+        ValueError: it is a part, and not known as one, or the Fisher needs whole parameters.
+    """
     extra = PORTIONS if rule.fresh_slopes else {}
     fresh = [(index, param) for index, param in entries if not state[param]]
     for index, param in fresh:
+        _check_part(param, parts, fisher.of(index))
         kept = fisher.of(index).init(as_real(param), state_dtype(param.dtype))
         state[param].update({STEP: 0, **extra, **kept})
     if fresh:
         lay_out(entries, state, fisher)
+
+
+def _check_part(param: Tensor, parts: Parts, fisher: AbstractFisher) -> None:
+    """Refuse what cannot be done with a part of a parameter, if it is one.
+
+    Raises:
+        ValueError: as said.
+    """
+    if param in parts:
+        if parts[param].shards and not fisher.elementwise:
+            refuse_sharded(fisher)
+    elif is_flattened(param) and world_size() > 1:
+        raise ValueError(
+            "SOAA: `params` must be whole, or DTensors as fully_shard makes them, outside of SOAAMixin, got parts that "
+            "FullyShardedDataParallel holds; use fully_shard, which is FSDP2"
+        )
+
+
+def complete_state(
+    groups: Sequence[Mapping[str, Any]], state: dict[Tensor, dict[str, Any]], fisher: Fishers, parts: Parts
+) -> None:
+    """Give parts of which this process holds nothing the numbers that others have loaded (`state` is modified).
+
+    FullyShardedDataParallel gives state only to processes that hold coordinates. All of them must call it.
+    """
+    every = [(index, param) for index, group in enumerate(groups) for param in group["params"] if param in parts]
+    numbers = [
+        {key: value for key, value in state.get(param, {}).items() if not isinstance(value, Tensor)}
+        for _, param in every
+    ]
+    for (index, param), *known in zip(every, *gathered(numbers), strict=True):
+        found = next((each for each in known if each), None)
+        if found is not None and not state.get(param):
+            state[param] = {**found, **fisher.of(index).init(as_real(param), state_dtype(param.dtype))}
+    ordered = {p: state[p] for group in groups for p in group["params"] if state.get(p)}
+    state.clear()
+    state.update(ordered)
 
 
 def lay_out(entries: Iterable[Entry], state: Mapping[Tensor, dict[str, Any]], fisher: Fishers) -> None:
@@ -124,6 +179,7 @@ def gather(
     entries: Sequence[Entry],
     groups: Sequence[Mapping[str, Any]],
     state: dict[Tensor, dict[str, Any]],
+    parts: Parts,
     *,
     checked: bool = False,
 ) -> list[Bucket]:
@@ -143,7 +199,8 @@ def gather(
         group, kept, dtype = groups[index], state[param], param.dtype
         kept[STEP] += 1
         plain = type(grad) is Tensor  # no DTensor then, nor is the parameter
-        shards = () if plain else shards_of(param)
+        part = parts.get(param) if parts else None
+        shards = (() if plain else shards_of(param)) if part is None else part.shards
         key = (index, param.device, dtype, kept[STEP], shards)
         bucket = buckets.get(key)
         if bucket is None:
@@ -158,7 +215,7 @@ def gather(
             grad = grad.contiguous()
         bucket.owners.append(owner)
         bucket.params.append(real)
-        bucket.coordinates += param.numel() * (2 if dtype.is_complex else 1)
+        bucket.coordinates += (param.numel() if part is None else part.coordinates) * (2 if dtype.is_complex else 1)
         bucket.grads.append(-grad if group["maximize"] else grad)
         states[key].append(kept if plain else {name: local(value) for name, value in kept.items()})
     for key, bucket in buckets.items():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_soaa._dist import is_sharded, local
+from lightning_soaa._flat import wrapper_class
 
 # Attributes that every torch module has and no forward writes, so that they need not be looked at.
 _PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
@@ -41,8 +42,12 @@ class Attributes:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Attributes":
-        """Return those of `module` as they are now: references, and shallow copies of containers."""
-        parts = [(part, _kept(part)) for part in module.modules()]
+        """Return those of `module` as they are now: references, and shallow copies of containers.
+
+        Those of FullyShardedDataParallel are torch's, which counts on them from one forward to the next.
+        """
+        plumbing = wrapper_class()
+        parts = [(part, _kept(part)) for part in module.modules() if not isinstance(part, plumbing)]
         values = [value for _, kept in parts for value in kept.values() if type(value) not in _PLAIN]
         contents = [(value, copy(value)) for value in values if type(value) in CONTAINERS]
         return cls(parts, contents, [stream for value in values for stream in _stream(value)])

@@ -15,6 +15,7 @@ from lightning_soaa._setup import (
     refuse_unsupported,
     warn_of_no_soaa,
     with_monitor,
+    with_parts,
     with_soaa,
 )
 from lightning_soaa._uneven import refuse_join, refuse_uneven
@@ -78,10 +79,11 @@ def _configure_optimizers(module: Any, inner: Act) -> Any:
         config = inner()
         if module._trainer is not None:
             warn_of_no_soaa(config, module._trainer)
-        return config
+        return with_parts(config, module)
     if _compat.is_default(inner.func):  # type: ignore[attr-defined]
-        return make_soaa(module, [param for param in module.parameters() if param.requires_grad])
-    return with_soaa(module, inner())
+        made = make_soaa(module, [param for param in module.parameters() if param.requires_grad])
+        return with_parts(made, module)
+    return with_parts(with_soaa(module, inner()), module)
 
 
 def _on_load_checkpoint(module: Any, inner: Act, checkpoint: dict[str, Any]) -> Any:

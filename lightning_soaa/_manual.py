@@ -51,7 +51,7 @@ def _check(module: Any, optimizer: Any, loss_fn: Any) -> Any:
 
     Raises:
         TypeError: `optimizer` is no SOAA, or `loss_fn` is not callable.
-        ValueError: the module does not step by itself, or `optimizer` is not one of the run's.
+        ValueError: the module does not step by itself, `optimizer` is not one of the run's, or the strategy is FSDP1.
     """
     who = "SOAAMixin"
     if module._soaa_choice is not False:
@@ -60,6 +60,12 @@ def _check(module: Any, optimizer: Any, loss_fn: Any) -> Any:
     raw = getattr(optimizer, "optimizer", optimizer)  # LightningOptimizer wraps
     if not isinstance(raw, SOAA):
         refuse(who, "optimizer", "one SOAA, or what self.optimizers() returns of it", type(raw).__name__, TypeError)
+    if _compat.gathers(module.trainer):
+        raise ValueError(
+            f"{who}: `Trainer(strategy=...)` must be another than FSDPStrategy for a module that calls soaa_step, got "
+            f"{type(module.trainer.strategy).__name__}; no backward can run inside of the forward of what wraps it: "
+            "wrap parts of it in configure_model, or use ModelParallelStrategy, which is FSDP2"
+        )
     if not callable(loss_fn):
         refuse(who, "loss_fn", "callable", loss_fn, TypeError)
     own = module.optimizers()

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_soaa import _compat
+from lightning_soaa._flat import parts_of
 from lightning_soaa.optimizer import SOAA
 
 
@@ -25,7 +26,9 @@ def refuse_unsupported(module: Any, trainer: Any) -> None:
     """
     _refuse_strategy(trainer.strategy)
     plugin = trainer.precision_plugin
-    if not _compat.is_lightning(plugin, _compat.PRECISIONS):
+    if _compat.shards_flat(trainer):
+        _refuse_flat(trainer.strategy, plugin)
+    elif not _compat.is_lightning(plugin, _compat.PRECISIONS):
         supported = "32-true, 64-true, 16-true, bf16-true, bf16-mixed or 16-mixed"
         refuse("Trainer(precision=...)", supported, type(plugin).__name__, "not supported yet: use one of these")
     if module._soaa_choice is None and module._compiler_ctx is not None:
@@ -70,7 +73,7 @@ def _refuse_strategy(strategy: Any) -> None:
     kind = type(strategy).__name__
     if not _compat.is_lightning(strategy, _compat.STRATEGIES):
         remedy = _REMEDIES.get(kind, "not supported yet: use devices=1 or strategy='ddp'")
-        refuse("Trainer(strategy=...)", "on a single device, DDP or FSDP2", kind, remedy)
+        refuse("Trainer(strategy=...)", "on a single device, DDP, FSDP2 or FSDP1", kind, remedy)
     averaging = _compat.model_averaging(strategy)
     if averaging is not None:
         remedy = "parameters that differ between processes have no common radius: leave it out"
@@ -78,9 +81,39 @@ def _refuse_strategy(strategy: Any) -> None:
 
 
 _REMEDIES = {
-    "FSDPStrategy": "a trial would be evaluated at stale parameters: use ModelParallelStrategy, which is FSDP2",
     "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
 }
+
+
+def _refuse_flat(strategy: Any, plugin: Any) -> None:
+    """Refuse what FSDP1 has beside its defaults that cannot be carried.
+
+    Raises:
+        ValueError: the text names the flag and the remedy.
+    """
+    kind, other = "FSDPStrategy", "ModelParallelStrategy, which is FSDP2"
+    if not strategy.kwargs.get("use_orig_params"):
+        found = str(strategy.kwargs.get("use_orig_params"))
+        reason = "portions go by parameters, of which a flat one knows nothing: leave it out"
+        refuse(f"{kind}(use_orig_params=...)", "True", found, reason)
+    if strategy.cpu_offload.offload_params:
+        reason = f"sums over processes are formed on the device: leave it out, or use {other}"
+        refuse(f"{kind}(cpu_offload=...)", "left out", "parameters that are offloaded", reason)
+    precision = getattr(plugin, "precision", type(plugin).__name__)
+    if not _compat.is_lightning(plugin, frozenset({"FSDPPrecision"})) or precision not in _compat.FLAT_PRECISIONS:
+        rule = f"{' or '.join(_compat.FLAT_PRECISIONS)} under {kind}"
+        refuse("Trainer(precision=...)", rule, precision, f"not supported yet: use one of these, or {other}")
+
+
+def with_parts(config: Any, module: Any) -> Any:
+    """Return `config` as it is, with its SOAA told of parameters that FSDP1 holds in parts."""
+    trainer = module._trainer
+    if trainer is not None and _compat.shards_flat(trainer):
+        parts = parts_of(trainer.strategy.model)
+        for optimizer in optimizers_in(config):
+            if isinstance(optimizer, SOAA):
+                optimizer._note_parts(parts)
+    return config
 
 
 def with_monitor(callbacks: Any, present: Iterable[Any]) -> Any:

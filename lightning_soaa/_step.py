@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_soaa import _state as keys
 from lightning_soaa._checks import refuse
+from lightning_soaa._flat import Parts
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import evaluated, minimised, resolution, rounding
 from lightning_soaa._portions import keep_portions
@@ -50,6 +51,7 @@ class Stepper:
         rule: its radius rule.
         fisher: its Fisher estimate.
         unread: what the host has not heard of.
+        parts: parameters of which this process holds parts.
         unclipped: sizes of the gradients before they were clipped, or None if they are not known.
         compiled: steps between checks are compiled.
     """
@@ -60,6 +62,7 @@ class Stepper:
     rule: AbstractRadius
     fisher: Fishers
     unread: Unread
+    parts: Parts
     unclipped: dict[Tensor, Tensor] | None = None
     compiled: bool = False
 
@@ -118,13 +121,15 @@ class Stepper:
 
     def _propose(self, entries: list[Entry], base: Tensor | None, *, check: bool) -> Proposal:
         """Return what can be proposed; the moments may have absorbed the gradients, if nothing is wrong with them."""
-        ensure_state(entries, self.state, self.fisher, self.rule)
+        ensure_state(entries, self.state, self.fisher, self.rule, self.parts)
         head, home = self.groups[0], entries[0][1].device
         base = None if base is None else self._minimised(base, home)
         gate = self.unread.gate_of(head, home) if self.rule.gated else None
-        left = None if self.unclipped is None else share_left(self.unclipped, gradient_sizes(entries)).to(home)
+        left = None
+        if self.unclipped is not None:
+            left = share_left(self.unclipped, gradient_sizes(entries), self.parts).to(home)
         slope = head[keys.CHECKED_SLOPE] > 0
-        buckets = gather(entries, self.groups, self.state, checked=slope)
+        buckets = gather(entries, self.groups, self.state, self.parts, checked=slope)
         return propose(
             buckets,
             base,

@@ -34,7 +34,7 @@ from lightning_soaa._bases import (
     turn_moments,
 )
 from lightning_soaa._bucket import Bucket, divide
-from lightning_soaa._checks import check_between, check_count
+from lightning_soaa._checks import check_between, check_count, refuse_sharded
 from lightning_soaa._dist import is_sharded
 from lightning_soaa._frames import AGE, SIDES, Frame, framed, in_bases, parts, some_of, sorted_by_shape, stack
 from lightning_soaa._moments import drop_disagreement, drop_unmarked
@@ -103,10 +103,7 @@ class KroneckerFisher(AbstractFisher):
             ValueError: the parameter is sharded.
         """
         if is_sharded(param):
-            raise ValueError(
-                "SOAA: `fisher` must be DiagonalFisher() where parameters are sharded, got KroneckerFisher; leave it "
-                "out, or train with DDP"
-            )
+            refuse_sharded(self)
         state, sides = DIAGONAL.init(param, dtype), rotated_sides(param.shape, self.max_dim)
         for (factor, basis), size in zip(SIDES, sides, strict=True):
             state[factor] = torch.zeros(size, size, dtype=dtype, device=param.device)

@@ -44,11 +44,11 @@ class SOAAMixin(_Base):
 
     Raises:
         TypeError: when a subclass is made in which the mixin comes after LightningModule.
-        ValueError: at the start of a fit, for what it does not carry: strategies other than DDP and FSDP2 or tensor
-            parallelism, precision plugins it does not know, several optimizers, ``torch.compile`` of the whole module
-            where ``automatic_optimization`` is not set, ``dataloader_iter``, and a checkpoint of another optimizer's
-            run. Later, for processes with different numbers of batches and for torch's Join. The text names flag and
-            remedy.
+        ValueError: at the start of a fit, for what it does not carry: strategies other than DDP, FSDP2, FSDP1 and
+            tensor parallelism, some options of FSDP1, precision plugins it does not know, several optimizers,
+            ``torch.compile`` of the whole module where ``automatic_optimization`` is not set, ``dataloader_iter``, and
+            a checkpoint of another optimizer's run. Later, for processes with different numbers of batches and for
+            torch's Join. The text names flag and remedy.
 
     A trial starts from what the batch started from: random streams, buffers, attributes such as a hidden state that is
     carried on, frozen parameters such as a teacher's that `training_step` moves. What the batch left is there again

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_soaa._clock import CHECKED, OTHER, UNCHECKED, BatchClock
-from lightning_soaa._compat import accumulating, say, shadow_bar, unshadow_bar, warn
-from lightning_soaa._details import Details, make_details, write_distributions, write_layout
+from lightning_soaa._compat import accumulating, say, shadow_bar, shards_flat, unshadow_bar, warn
+from lightning_soaa._details import Details, make_details, refuse_parts, write_distributions, write_layout
 from lightning_soaa._results import log_row, pass_over, row_follows, row_step, rows_possible
 from lightning_soaa._rows import (
     Counts,
@@ -129,11 +129,13 @@ class TrustRegionMonitor(Callback):
             self._said, self._texts = {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the optimizers; refuse a run that has none."""
+        """Find the optimizers; refuse a run that has none, or options that need whole parameters."""
         self._found = found = require_optimizers(trainer.optimizers)
         suffixes = found if trainer.world_size > 1 else ()  # one process needs no sums over processes
         self._figures = {suffix: EpochFigures().to(pl_module.device) for suffix in suffixes}
         self._clock, self._range = BatchClock(pl_module.device), dict.fromkeys(found, (inf, -inf))
+        if shards_flat(trainer):
+            refuse_parts(self.layers, histograms=self.histograms)
         self._details = make_details(pl_module.named_parameters(), found, self.layers, histograms=self.histograms)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

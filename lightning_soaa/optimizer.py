@@ -12,7 +12,16 @@ from lightning_soaa._checkpoint import loading
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
 from lightning_soaa._fishers import check_fisher, joint_fisher
-from lightning_soaa._gather import Entry, ensure_state, find_gradients, gradient_sizes, lay_out, no_gradients
+from lightning_soaa._flat import Parts
+from lightning_soaa._gather import (
+    Entry,
+    complete_state,
+    ensure_state,
+    find_gradients,
+    gradient_sizes,
+    lay_out,
+    no_gradients,
+)
 from lightning_soaa._loss import scalar_loss
 from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper, check_rules
@@ -119,6 +128,7 @@ class SOAA(Optimizer):
                 refuse("SOAA", "params", "a non-empty iterable of parameters", params)
         self.radius_rule, self.fisher_rule, self._compiled = radius, fisher, compile
         self._own_fishers: list[AbstractFisher | None] = []
+        self._parts: Parts = {}
         self._forget()
         super().__init__(params, defaults)
         keys.fill_missing(self.param_groups, self.defaults, radius)
@@ -130,6 +140,10 @@ class SOAA(Optimizer):
         self._report: StepReport | None = None
         self._unclipped: dict[Tensor, Tensor] | None = None
         self._unread = Unread()
+
+    def _note_parts(self, parts: Parts) -> None:
+        """Take note of parameters of which each process holds a part, those of FullyShardedDataParallel."""
+        self._parts = parts
 
     @property
     def radius(self) -> float:
@@ -199,7 +213,7 @@ class SOAA(Optimizer):
             scale: what a gradient scaler has multiplied the gradients by, if it divides them before the step.
         """
         asked = self.check_due or self.param_groups[0][keys.CHECKED_SLOPE]
-        self._unclipped = gradient_sizes(find_gradients(self.param_groups), scale) if asked else None
+        self._unclipped = gradient_sizes(find_gradients(self.param_groups, self._parts), scale) if asked else None
 
     @torch.no_grad()
     def step(self, closure: LossClosure | None = None, *, loss_closure: LossClosure | None = None) -> Any:
@@ -235,7 +249,7 @@ class SOAA(Optimizer):
         if loss_closure is None and bound is not None:
             loss_closure, base = bound
         look = self.radius_rule.needs_trial or self.radius_rule.needs_loss or not self.state
-        blind = closure is None and loss_closure is None and no_gradients(self.param_groups, look=look)
+        blind = closure is None and loss_closure is None and no_gradients(self.param_groups, self._parts, look=look)
         if self.radius_rule.needs_trial and loss_closure is None and not blind:
             raise ValueError(
                 f"SOAA: `loss_closure` must be given under {type(self.radius_rule).__name__}, got None; pass "
@@ -248,8 +262,9 @@ class SOAA(Optimizer):
             base = base if returned is None else scalar_loss("closure", returned)
         if blind:
             every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if p.requires_grad]
-            ensure_state(every, self.state, self._fisher, self.radius_rule)
-        elif entries := find_gradients(self.param_groups):
+            ensure_state(every, self.state, self._fisher, self.radius_rule, self._parts)
+        # a closure that returns nothing may have found no loss to differentiate
+        elif entries := find_gradients(self.param_groups, {} if closure and returned is None else self._parts):
             self._take(entries, base, loss_closure)
         return returned
 
@@ -257,7 +272,7 @@ class SOAA(Optimizer):
         """Take a step on the given gradients; `base` is the loss they belong to, if known."""
         unclipped, self._unclipped = self._unclipped, None
         rules = (self.defaults, self.radius_rule, self._fisher)
-        stepper = Stepper(self.param_groups, self.state, *rules, self._unread, unclipped, self._compiled)
+        stepper = Stepper(self.param_groups, self.state, *rules, self._unread, self._parts, unclipped, self._compiled)
         check = self.check_due
         proposal, known, self._unread = stepper.take(entries, base, loss_closure, lambda: self._unread, check=check)
         self._pending, self._report = (proposal, known), None
@@ -299,6 +314,8 @@ class SOAA(Optimizer):
         """
         with loading(self, state_dict, self.radius_rule, self._fisher):
             super().load_state_dict(state_dict)
+        if any(part.shards for part in self._parts.values()):
+            complete_state(self.param_groups, self.state, self._fisher, self._parts)
         every = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"] if self.state.get(p)]
         lay_out(every, self.state, self._fisher)
         self._forget()
@@ -311,5 +328,6 @@ class SOAA(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults = {"fused": None, **self.defaults}  # of a pickle from before there was one
+        self._parts = vars(self).get("_parts", {})  # a copy's parameters are its own
         self._forget()
         keys.fill_missing(self.param_groups, self.defaults, self.radius_rule)

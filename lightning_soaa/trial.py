@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_soaa._dist import reshard
+from lightning_soaa._flat import free_gathered
 from lightning_soaa._holdings import CONTAINERS, Attributes, Contents, Marks, edited_tensors
 
 # What torch says where something that needs a graph is done without one.
@@ -164,13 +165,19 @@ def silenced(module: Any, trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def resharded(module: nn.Module) -> Iterator[None]:
-    """Have forwards inside, and those that follow, gather sharded parameters as they are then."""
-    reshard(module)
+def resharded(model: nn.Module) -> Iterator[None]:
+    """Have forwards inside, and those that follow, gather sharded parameters as they are then.
+
+    Args:
+        model: the module, or what it is wrapped in.
+    """
+    reshard(model)
+    free_gathered(model)
     try:
         yield
     finally:
-        reshard(module)
+        reshard(model)
+        free_gathered(model)
 
 
 class Start:
@@ -238,7 +245,7 @@ def trial(module: Any, trainer: Any, start: Start | None = None) -> Iterator[Non
     """
     with (
         torch.no_grad(),
-        resharded(module),
+        resharded(trainer.strategy.model),
         preserved_random(module.device),
         preserved_attributes(module),
         preserved_tensors(module, () if start is None else start.edited()),

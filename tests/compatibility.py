@@ -17,8 +17,9 @@ stays so when every step is checked and accepted: a trial leaves no trace. **ref
 that names the flag and the remedy. One process on the CPU.
 
 With several processes, the same holds under DDP (`tests/test_ddp.py`), under FSDP2 (`tests/test_fsdp.py`, on a mesh of
-two dimensions `tests/test_hsdp.py`) and for modules with a loop of their own (`tests/test_manual_ddp.py`). Different
-numbers of batches, and `Join`, are refused (`tests/test_uneven.py`).
+two dimensions `tests/test_hsdp.py`), under FSDP1 (`tests/test_fsdp1.py`, with what is refused there) and for modules
+with a loop of their own (`tests/test_manual_ddp.py`). Different numbers of batches, and `Join`, are refused
+(`tests/test_uneven.py`).
 """
 
 

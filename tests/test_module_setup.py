@@ -465,7 +465,6 @@ def test_what_is_not_carried_is_refused_at_fit_start_by_flag_and_remedy(name):
 
 
 REMEDIES = {
-    "FSDPStrategy": "a trial would be evaluated at stale parameters: use ModelParallelStrategy, which is FSDP2",
     "DeepSpeedStrategy": "its engine steps the optimizer and passes no loss closure on: use strategy='ddp'",
     "SingleDeviceXLAStrategy": "not supported yet: use devices=1 or strategy='ddp'",
 }
@@ -478,7 +477,8 @@ def test_every_other_strategy_is_refused(kind):
     with pytest.raises(ValueError) as error:
         refuse_unsupported(module, trainer)
     assert str(error.value) == (
-        f"SOAAMixin: `Trainer(strategy=...)` must be on a single device, DDP or FSDP2, got {kind}; {REMEDIES[kind]}"
+        f"SOAAMixin: `Trainer(strategy=...)` must be on a single device, DDP, FSDP2 or FSDP1, got {kind}; "
+        f"{REMEDIES[kind]}"
     )
 
 

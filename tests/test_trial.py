@@ -202,6 +202,7 @@ def test_silenced_gives_the_loggers_back(interrupt):
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_trial_records_no_gradient_and_restores_everything_at_once(interrupt):
     module, trainer = Messy(), SimpleNamespace(loggers=[])
+    trainer.strategy = SimpleNamespace(model=module)
     module.device = CPU
     module.child.weight.grad = torch.ones(1, 1)
     state = capture_random(CPU)
