@@ -67,7 +67,9 @@ def plain_loop(soaa: bool, steps: int) -> None:
     """Train without Lightning."""
     task = get_task(TASK)
     net = task.model(0)
-    optimizer = SOAA(net.parameters()) if soaa else torch.optim.AdamW(net.parameters(), foreach=True)
+    adamw = torch.optim.AdamW(net.parameters(), foreach=True)
+    # Under the Trainer the mixin keeps AdamW's weight decay.
+    optimizer = SOAA(net.parameters(), weight_decay=adamw.defaults["weight_decay"]) if soaa else adamw
     done = 0
     while done < steps:
         for batch in loader():

@@ -79,7 +79,7 @@ def reshard(module: nn.Module) -> None:
     After a forward without gradients it keeps those of the root, which a step would not reach.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    if fsdp is None or not dist.is_initialized():
         return
     for part in module.modules():
         if isinstance(part, fsdp.FSDPModule):

@@ -6,9 +6,7 @@ Two kinds: what attributes refer to, and the contents of tensors that a forward 
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from random import Random
 from typing import Any
 
@@ -23,50 +21,59 @@ from lightning_soaa._flat import wrapper_class
 _PLUMBING = frozenset(vars(nn.Module())) - {"_buffers", "training"}
 _OWN = "_soaa"  # what names of the mixin's own attributes begin with
 CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
-_PLAIN = frozenset({bool, int, float, str, tuple, type(None)})  # of these, to keep the reference is enough
+# Of these, to keep the reference is enough.
+_PLAIN = frozenset({bool, int, float, str, tuple, type(None), torch.dtype, torch.device})
 _TENSORS = frozenset({Tensor, nn.Parameter})
 
 
-@dataclass(frozen=True)
 class Attributes:
     """What attributes of a module and its parts refer to, and what lists, dicts, sets and deques among them hold.
 
     That covers counters, hidden states, lists of outputs, buffers replaced by new tensors, the bookkeeping of
     torchmetrics, and where random generators stand: torch's, numpy's, python's. It goes one level deep: a list inside a
     dict stays edited.
+
+    Args:
+        module: whose attributes are kept as they are now: references, and shallow copies of containers.
     """
 
-    parts: list[tuple[nn.Module, dict[str, Any]]]
-    contents: list[tuple[Any, Any]]
-    streams: list[tuple[Callable[[Any], Any], Any]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Attributes":
-        """Return those of `module` as they are now: references, and shallow copies of containers.
-
-        Those of FullyShardedDataParallel are torch's, which counts on them from one forward to the next.
-        """
-        plumbing = wrapper_class()
-        parts = [(part, _kept(part)) for part in module.modules() if not isinstance(part, plumbing)]
-        values = [value for _, kept in parts for value in kept.values() if type(value) not in _PLAIN]
-        contents = [(value, copy(value)) for value in values if type(value) in CONTAINERS]
-        return cls(parts, contents, [stream for value in values for stream in _stream(value)])
+    def __init__(self, module: nn.Module) -> None:
+        self.parts: list[tuple[nn.Module, tuple[str, ...], dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        self._streams: list[tuple[Callable[[Any], Any], Any]] = []
+        plumbing = wrapper_class()  # torch counts on its own attributes there from one forward to the next
+        for part in module.modules():
+            if isinstance(part, plumbing):
+                continue
+            own = vars(part)
+            names = tuple(own)
+            kept = {name: own[name] for name in _writable_names(names)}
+            self.parts.append((part, names, kept))
+            for value in kept.values():
+                kind = type(value)
+                if kind in CONTAINERS:
+                    self._contents.append((value, value.copy()))
+                elif kind not in _PLAIN and kind not in _TENSORS:
+                    self._streams += _stream(value)
 
     def put_back(self) -> None:
         """Give the module these attributes, and no others."""
-        for container, content in self.contents:
+        for container, content in self._contents:
             _refill(container, content)
-        for put, state in self.streams:
+        for put, state in self._streams:
             put(state)
-        for part, kept in self.parts:
-            for name in _kept(part).keys() - kept.keys():
-                del vars(part)[name]
-            vars(part).update(kept)
+        for part, names, kept in self.parts:
+            own = vars(part)
+            if (now := tuple(own)) != names:
+                for name in set(_writable_names(now)) - kept.keys():
+                    del own[name]
+            own.update(kept)
 
 
-def _kept(part: nn.Module) -> dict[str, Any]:
-    """Return the attributes of one module that a forward may write."""
-    return {name: value for name, value in vars(part).items() if name not in _PLUMBING and not name.startswith(_OWN)}
+@lru_cache(maxsize=1024)
+def _writable_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which of the attributes of one module a forward may write."""
+    return tuple(name for name in names if name not in _PLUMBING and not name.startswith(_OWN))
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -114,7 +121,7 @@ class Contents:
                 tensor.data.copy_(content)
 
 
-def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def edited_tensors(attributes: Attributes) -> tuple[list[Tensor], list[Tensor]]:
     """Return tensors that a forward may edit in place, each once: those to be copied, and those that are too large.
 
     Always copied are buffers and what torchmetrics' metrics keep. Parameters that are not trained, such as a teacher's,
@@ -123,16 +130,19 @@ def edited_tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
     Left out are expanded tensors, which cannot be written in place, lazy ones that have no shape yet, and, but for
     buffers, those of tensor subclasses or sparse.
+
+    Args:
+        attributes: those of the module.
     """
     torchmetrics = sys.modules.get("torchmetrics")
     metric = torchmetrics.Metric if torchmetrics is not None else ()
     always: dict[int, Tensor] = {}
     others: dict[int, Tensor] = {}
     trained: dict[int, int] = {}
-    for part in module.modules():
+    for part, _, own in attributes.parts:
         kept = always if isinstance(part, metric) else others
-        for value in vars(part).values():
-            if isinstance(value, Tensor):
+        for value in own.values():
+            if type(value) not in _PLAIN and isinstance(value, Tensor):
                 kept[id(value)] = value
         for value in part._buffers.values():
             if value is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_soaa import _manual
+from lightning_soaa import _log, _manual
 from lightning_soaa._closures import AROUND, Window, inside
 from lightning_soaa._hooks import ACTS, outermost
 from lightning_soaa._uneven import refuse_join
@@ -140,7 +140,7 @@ class SOAAMixin(_Base):
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as LightningModule does; nothing in a trial."""
         if not self._soaa_in_trial:
-            super().log(*args, **kwargs)
+            _log.log(self, super().log, args, kwargs)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print as LightningModule does; nothing in a trial."""

@@ -86,28 +86,22 @@ def preserved_random(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_tensors(module: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Put back the contents of tensors that a forward may edit: see :func:`~lightning_soaa._holdings.edited_tensors`.
+def preserved_holdings(module: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Put back attributes of `module` and its parts, and the contents of tensors that a forward may edit.
+
+    See :class:`~lightning_soaa._holdings.Attributes` and :func:`~lightning_soaa._holdings.edited_tensors`.
 
     Args:
-        module: whose tensors.
-        also: those of the larger ones that are known to be edited.
+        module: whose.
+        also: those of the larger tensors that are known to be edited.
     """
-    kept = Contents([*edited_tensors(module)[0], *also])
+    attributes = Attributes(module)
+    contents = Contents([*edited_tensors(attributes)[0], *also])
     try:
         yield
     finally:
-        kept.put_back()
-
-
-@contextmanager
-def preserved_attributes(module: nn.Module) -> Iterator[None]:
-    """Put back what attributes of `module` and its parts refer to, and what lists, dicts, sets and deques hold."""
-    kept = Attributes.of(module)
-    try:
-        yield
-    finally:
-        kept.put_back()
+        contents.put_back()
+        attributes.put_back()
 
 
 class Silence:
@@ -191,11 +185,11 @@ class Start:
     """
 
     def __init__(self, module: Any, *, replayed: bool, contents: bool = True) -> None:
-        copied, large = edited_tensors(module) if replayed and contents else ([], [])
-        self._attributes = Attributes.of(module) if replayed else None
-        self._contents, self._marks = Contents(copied), Marks(large)
         self._device = module.device
         self._random = capture_random(self._device, torch_only=not replayed)
+        self._attributes = Attributes(module) if replayed else None
+        copied, large = edited_tensors(self._attributes) if self._attributes and contents else ([], [])
+        self._contents, self._marks = Contents(copied), Marks(large)
 
     def rewind(self) -> None:
         """Have the module start from here again."""
@@ -247,8 +241,7 @@ def trial(module: Any, trainer: Any, start: Start | None = None) -> Iterator[Non
         torch.no_grad(),
         resharded(trainer.strategy.model),
         preserved_random(module.device),
-        preserved_attributes(module),
-        preserved_tensors(module, () if start is None else start.edited()),
+        preserved_holdings(module, () if start is None else start.edited()),
         silenced(module, trainer),
     ):
         yield

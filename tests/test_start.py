@@ -21,7 +21,7 @@ from lightning_models import (
 from torch import nn
 
 from lightning_soaa import SOAA, FixedRadius, RatioRadius, trial
-from lightning_soaa._holdings import edited_tensors
+from lightning_soaa._holdings import Attributes, edited_tensors
 
 pytestmark = QUIET
 MODES = {"default": Mixed, "automatic": Automatic, "own loop": OwnLoop}
@@ -231,7 +231,7 @@ class MostlyFrozen:
 
 def test_frozen_parameters_are_copied_up_to_the_memory_of_the_trained_ones():
     module = holding(Teacher, "default", MostlyFrozen)()
-    copied, large = edited_tensors(module)
+    copied, large = edited_tensors(Attributes(module))
     names = {id(param): name for name, param in module.named_parameters()}
     small = {"net.1.weight", "net.1.bias", "net.4.bias", "teacher.bias"}
     assert {names[id(param)] for param in copied if id(param) in names} == small
@@ -246,7 +246,7 @@ def test_a_trained_parameter_that_two_layers_share_counts_once():
     tied[1].weight = tied[0].weight
     tied.append(nn.Linear(4, 4, bias=False).requires_grad_(False))
     tied.append(nn.Linear(4, 4, bias=False).requires_grad_(False))
-    copied, large = edited_tensors(tied)
+    copied, large = edited_tensors(Attributes(tied))
     assert (len(copied), len(large)) == (1, 1)
 
 

@@ -18,9 +18,8 @@ from lightning_soaa.trial import (
     Silence,
     capture_random,
     own_containers,
-    preserved_attributes,
+    preserved_holdings,
     preserved_random,
-    preserved_tensors,
     set_random,
     silenced,
     trial,
@@ -79,20 +78,20 @@ def test_capture_random_does_not_import_numpy(monkeypatch):
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
-def test_preserved_tensors_restores_batch_norm_in_place(interrupt):
+def test_preserved_holdings_restores_batch_norm_in_place(interrupt):
     norm = nn.BatchNorm1d(3)
     norm(torch.randn(4, 3))
     objects, before = list(norm.buffers()), {k: v.clone() for k, v in norm.state_dict().items()}
-    enter(preserved_tensors(norm), lambda: norm(torch.randn(4, 3)), interrupt)
+    enter(preserved_holdings(norm), lambda: norm(torch.randn(4, 3)), interrupt)
     assert_same(dict(norm.state_dict()), before)
     assert all(one is other for one, other in zip(norm.buffers(), objects, strict=True))
 
 
-def test_preserved_tensors_leaves_out_expanded_buffers_which_cannot_be_written():
+def test_preserved_holdings_leaves_out_expanded_buffers_which_cannot_be_written():
     module = nn.Module()
     module.register_buffer("mask", torch.ones(1).expand(3, 3))
     module.register_buffer("sparse", torch.eye(3).to_sparse())
-    with preserved_tensors(module):
+    with preserved_holdings(module):
         pass
     assert torch.equal(module.sparse.to_dense(), torch.eye(3))
 
@@ -123,10 +122,10 @@ class Messy(nn.Module):
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
-def test_preserved_attributes_restores_counters_containers_and_replaced_buffers(interrupt):
+def test_preserved_holdings_restores_counters_containers_and_replaced_buffers(interrupt):
     module, ema = Messy(), None
     ema, outputs = module.ema, module.outputs
-    enter(preserved_attributes(module), module, interrupt)
+    enter(preserved_holdings(module), module, interrupt)
     assert module.count == 0
     assert module.outputs is outputs
     assert outputs == [1.0]
@@ -162,8 +161,8 @@ def test_metrics_go_on_as_if_a_trial_had_not_been(interrupt):
     for value in (1.0, 2.0):
         use(guarded, value)
         use(plain, value)
-        enter(preserved_attributes(guarded), lambda: None, interrupt)
-        with preserved_attributes(guarded), preserved_tensors(guarded):
+        enter(preserved_holdings(guarded), lambda: None, interrupt)
+        with preserved_holdings(guarded):
             use(guarded, 7.0)
             guarded.mean.compute()
     for name in ("mean", "cat", "minmax", "pair"):
