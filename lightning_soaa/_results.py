@@ -1,7 +1,8 @@
 """What Lightning keeps of logged values from one row to the next.
 
-Private names used here: ``_logger_connector.should_update_logs``, ``_results`` with its ``update_metrics``,
-``has_reset`` of what that holds, ``_current_fx_name`` of a module and ``epoch_loop._batches_that_stepped``.
+Private names used here: ``_logger_connector`` with ``should_update_logs``, ``should_reset_tensors`` and
+``_current_fx``; ``_results``; ``value``, ``_forward_cache``, ``_computed``, ``_update_count`` and ``has_reset`` of
+what that holds; ``_current_fx_name`` of a module and ``epoch_loop._batches_that_stepped``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,7 +38,7 @@ def row_step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def log_row(trainer: Any, module: Any, row: Mapping[str, torch.Tensor]) -> list[Any]:
+def log_row(trainer: Any, module: Any, row: Mapping[str, float]) -> list[Any]:
     """Add values to the row that `trainer` will write after this batch, as `module.log_dict` does.
 
     Lightning's ``log`` walks through all that it keeps of a key each time, which takes longer than everything else
@@ -46,14 +47,28 @@ def log_row(trainer: Any, module: Any, row: Mapping[str, torch.Tensor]) -> list[
     Returns:
         What Lightning keeps the values in, for :func:`pass_over`.
     """
-    results = trainer._results
-    keys = {f"{module._current_fx_name}.{name}": value for name, value in row.items()}
-    if keys.keys() <= results.keys():
-        for key, value in keys.items():
-            results.update_metrics(key, value, 1)
+    results, connector, place = trainer._results, trainer._logger_connector, module._current_fx_name
+    # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
+    values = torch.tensor(list(row.values()), dtype=torch.float64, device="cpu").unbind()
+    keys = [f"{place}.{name}" for name in row]
+    if results.keys() >= set(keys):
+        if connector.should_reset_tensors(place):  # else the next to log from here would, and with it this row
+            results.reset(metrics=False, fx=place)
+        connector._current_fx = place
+        for key, value in zip(keys, values, strict=True):
+            _give(results[key], value)
     else:
-        module.log_dict(dict(row), on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
+        named = dict(zip(row, values, strict=True))
+        module.log_dict(named, on_step=True, on_epoch=False, rank_zero_only=False, batch_size=1)
     return [results[key] for key in keys]
+
+
+def _give(metric: Any, value: torch.Tensor) -> None:
+    """Do what Lightning does with a value of a key that is logged on steps only, and torchmetrics around it."""
+    metric.value = metric._forward_cache = value
+    metric._computed = None
+    metric._update_count += 1
+    metric.has_reset = False
 
 
 class _UntilStop:

@@ -195,9 +195,7 @@ class TrustRegionMonitor(Callback):
                 self._write_distributions(trainer, suffix)
             self._advise(trainer, suffix, optimizer, report)
         if row_due:
-            # The numbers are on the host and stay there; float64 loses none of them, whatever the module's dtype.
-            row = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu").unbind()
-            self._kept = log_row(trainer, pl_module, dict(zip(values, row, strict=True)))
+            self._kept = log_row(trainer, pl_module, values)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's line. All processes take part in its figures, one prints."""

@@ -187,20 +187,26 @@ class Start:
     def __init__(self, module: Any, *, replayed: bool, contents: bool = True) -> None:
         self._device = module.device
         self._random = capture_random(self._device, torch_only=not replayed)
-        self._attributes = Attributes(module) if replayed else None
-        copied, large = edited_tensors(self._attributes) if self._attributes and contents else ([], [])
-        self._contents, self._marks = Contents(copied), Marks(large)
+        self._attributes: Attributes | None = None
+        self._contents: Contents | None = None
+        self._marks: Marks | None = None
+        if replayed:
+            self._attributes = Attributes(module)
+            if contents:
+                copied, large = edited_tensors(self._attributes)
+                self._contents, self._marks = Contents(copied), Marks(large)
 
     def rewind(self) -> None:
         """Have the module start from here again."""
         if self._attributes is not None:
             self._attributes.put_back()
-        self._contents.put_back()
+        if self._contents is not None:
+            self._contents.put_back()
         set_random(self._random, self._device)
 
     def edited(self) -> list[Tensor]:
         """Return tensors too large to be copied always that have been edited since."""
-        return self._marks.changed()
+        return [] if self._marks is None else self._marks.changed()
 
 
 def evaluate(module: Any, trainer: Any, start: Start | None, loss: Callable[[], Tensor]) -> Tensor:

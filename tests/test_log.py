@@ -3,11 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import QUIET, Mixed, Net, assert_same, loader, train
 
 from lightning_soaa import SOAAMixin
 from lightning_soaa._log import log
+from lightning_soaa._results import log_row
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")]
 
@@ -144,3 +146,23 @@ def test_a_positional_argument_is_passed_on():
     seen = []
     log(Mixed(), lambda *args, **kwargs: seen.append((args, kwargs)), ("a", 1.0, True), {"on_step": True})
     assert seen == [(("a", 1.0, True), {"on_step": True})]
+
+
+def test_a_row_leaves_what_logging_its_values_one_by_one_would():
+    class Twice(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            values = {"x": 0.1 + batch_idx, "y": float("nan")}
+            log_row(trainer, module, {f"row/{key}": value for key, value in values.items()})
+            alone = {f"alone/{key}": torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+            module.log_dict(alone, on_step=True, on_epoch=False, batch_size=1)
+            for key in values:
+                row, one = (vars(trainer._results[f"on_train_batch_end.{kind}/{key}"]) for kind in ("row", "alone"))
+                names = ("value", "_forward_cache", "_computed", "_update_count", "has_reset")
+                assert_same({name: row[name] for name in names}, {name: one[name] for name in names})
+                count.append(batch_idx)
+
+    count = []
+    run = train(Mixed, callbacks=lambda: [Twice()])
+    assert len(count) == 2 * run.trainer.global_step
+    logged = run.trainer.logged_metrics
+    assert logged["row/x"] == logged["alone/x"]
