@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_soaa._checks import check_count, check_nonnegative, check_positive, refuse
+from lightning_soaa._estimate import AbstractFisher, Fishers
 from lightning_soaa._state import (
     COUNTERS,
     GATE,
@@ -26,7 +27,6 @@ from lightning_soaa._state import (
     check_options,
     state_dtype,
 )
-from lightning_soaa.fisher import AbstractFisher, Fishers
 from lightning_soaa.gate import SIZE
 from lightning_soaa.radius import AbstractRadius
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, runs
 from lightning_soaa._dist import over_shards
+from lightning_soaa._estimate import Fishers
 from lightning_soaa._proposal import Proposal, fisher_scale
 from lightning_soaa._sums import on_host, read
-from lightning_soaa.fisher import Fishers
 
 
 def statistics(bucket: Bucket, scale: Tensor, limit: float, fisher: Fishers) -> Tensor:

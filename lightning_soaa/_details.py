@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._checks import refuse
+from lightning_soaa._estimate import SQUARE
 from lightning_soaa._rows import Monitored, is_kind
 from lightning_soaa._sums import wide_dtype
-from lightning_soaa.fisher import SQUARE
 from lightning_soaa.report import StepReport
 
 ALL = "all"  # stands for the whole model where no layers are asked for

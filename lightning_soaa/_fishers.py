@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_soaa._checks import refuse
-from lightning_soaa.fisher import AbstractFisher, Fishers
+from lightning_soaa._estimate import AbstractFisher, Fishers
 
 
 def check_fisher(fisher: object, *, compiled: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, block_size, flatten, one_view, stacked_view, unflatten
-from lightning_soaa.fisher import MOMENT, SQUARE
+from lightning_soaa._estimate import MOMENT, SQUARE
 
 LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"
 SIDES = ((LEFT, LEFT_BASIS), (RIGHT, RIGHT_BASIS))

@@ -9,11 +9,11 @@ from torch import Tensor
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._checks import refuse, refuse_sharded
 from lightning_soaa._dist import Shards, gathered, local, over_shards, shards_of, world_size
+from lightning_soaa._estimate import AbstractFisher, Fishers
 from lightning_soaa._flat import Parts, is_flattened
 from lightning_soaa._portions import portions_of
 from lightning_soaa._state import GROUP_RADIUS, PORTIONS, STEP, as_real, state_dtype
 from lightning_soaa._sums import total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher, Fishers
 from lightning_soaa.radius import AbstractRadius
 
 Entry = tuple[int, Tensor]  # index of the parameter group, parameter

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._dist import Shards, over_shards
+from lightning_soaa._estimate import Fishers, Slopes, Unit
 from lightning_soaa._sums import allowed, on_host, square_sum, total, wide_dtype
-from lightning_soaa.fisher import Fishers, Slopes, Unit
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
 # eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.

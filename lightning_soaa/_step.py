@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_soaa import _state as keys
 from lightning_soaa._checks import refuse
+from lightning_soaa._estimate import Fishers
 from lightning_soaa._flat import Parts
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import evaluated, minimised, resolution, rounding
@@ -18,7 +19,6 @@ from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
 from lightning_soaa._unread import Unread, fresh_slope
 from lightning_soaa._walk import step_sizes, walk
-from lightning_soaa.fisher import Fishers
 from lightning_soaa.radius import AbstractRadius, Evidence, Numbers
 
 LossClosure = Callable[[], Any]

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_soaa._bucket import Bucket, Pace
 from lightning_soaa._dist import Shards
+from lightning_soaa._estimate import AbstractFisher, Fishers, Slopes
 from lightning_soaa._moments import move as move_along
 from lightning_soaa._proposal import Proposal, StepSize, by_owner
 from lightning_soaa._sums import allowed, gated, near, square_sum, stacked, total, wide_dtype
-from lightning_soaa.fisher import AbstractFisher, Fishers, Slopes
 
 # Takes a Fisher, a bucket and its directions, returns what they promise: 0-d, or for each parameter, shape (n,).
 Reduction = Callable[[AbstractFisher, Bucket, Sequence[Tensor]], Tensor]

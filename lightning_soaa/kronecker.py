@@ -36,10 +36,11 @@ from lightning_soaa._bases import (
 from lightning_soaa._bucket import Bucket, divide
 from lightning_soaa._checks import check_between, check_count, refuse_sharded
 from lightning_soaa._dist import is_sharded
+from lightning_soaa._estimate import MOMENT, SQUARE, AbstractFisher, Unit
 from lightning_soaa._frames import AGE, SIDES, Frame, framed, in_bases, parts, some_of, sorted_by_shape, stack
 from lightning_soaa._moments import drop_disagreement, drop_unmarked
 from lightning_soaa._sums import dots, gated
-from lightning_soaa.fisher import MOMENT, SQUARE, AbstractFisher, DiagonalFisher, Unit, box
+from lightning_soaa.fisher import DiagonalFisher, box
 
 DIAGONAL = DiagonalFisher()
 

@@ -11,6 +11,7 @@ from lightning_soaa import _state as keys
 from lightning_soaa._checkpoint import loading
 from lightning_soaa._checks import refuse
 from lightning_soaa._describe import describe
+from lightning_soaa._estimate import AbstractFisher, Fishers
 from lightning_soaa._fishers import check_fisher, joint_fisher
 from lightning_soaa._flat import Parts
 from lightning_soaa._gather import (
@@ -27,7 +28,7 @@ from lightning_soaa._proposal import Proposal
 from lightning_soaa._step import LossClosure, Stepper, check_rules
 from lightning_soaa._sums import read
 from lightning_soaa._unread import Unread
-from lightning_soaa.fisher import AbstractFisher, DiagonalFisher, Fishers
+from lightning_soaa.fisher import DiagonalFisher
 from lightning_soaa.radius import AbstractRadius
 from lightning_soaa.ratio import RatioRadius
 from lightning_soaa.report import StepReport

@@ -8,11 +8,13 @@ checks:
 .. code-block:: text
 
     d_i = q_i / p_i - sum(q) / sum(p)                       beyond what is left of the slope of the whole step
-    log c_i <- 0.98 log c_i + 0.2 d_i                       less their mean, weighted by p
+    w_i = 1 if d_i > 0, else p_i / (p_i + 0.03 sum(p))      less where the tensor's part of the promise is small
+    log c_i <- 0.99 log c_i + 0.3 w_i d_i                   less their mean, weighted by p
 
 A tensor whose slope is left while that of the others has turned goes too short a way beside them, and its portion
-grows; that of one whose slope has turned further shrinks. So the radius need not be that of the most curved layer. With
-one tensor its portion is exactly 1.
+grows; that of one whose slope has turned further shrinks. So the radius need not be that of the most curved layer. One
+that promises next to nothing, as a bias or the scale of a norm, does not hold the radius down, and its slope is turned
+by the steps of others: it may grow, but hardly shrinks. With one tensor its portion is exactly 1.
 """
 
 from collections.abc import Sequence
@@ -20,9 +22,11 @@ from dataclasses import dataclass, replace
 from math import exp, isfinite, log
 
 # Of the averages, the share of what was known; of the logarithm of a portion, what is kept, and what is added of d_i.
-MEMORY, KEPT, GAIN = 0.8, 0.98, 0.2
-# A portion stays within 1/8 and 8.
-WIDEST = 8.0
+MEMORY, KEPT, GAIN = 0.8, 0.99, 0.3
+# With this share of the whole promise a tensor shrinks half as fast.
+SMALL_SHARE = 0.03
+# A portion stays within 1/32 and 32.
+WIDEST = 32.0
 # Beyond this a slope says no more of a step than that it is far too short, or far too long.
 STEEPEST = 2.0
 
@@ -61,10 +65,10 @@ def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Seq
     seen = [each for each, tells in zip(new, told, strict=True) if tells]
     if sum(each.promised for each in seen) <= 0:  # nothing, or too little for a number to hold
         return list(known)
-    overall = _share(sum(each.left for each in seen), sum(each.promised for each in seen))
+    promise = sum(each.promised for each in seen)
+    overall = _share(sum(each.left for each in seen), promise)
     logs = [
-        KEPT * log(each.portion) + GAIN * (_share(each.left, each.promised) - overall) if tells else log(each.portion)
-        for each, tells in zip(new, told, strict=True)
+        _moved(each, promise, overall) if tells else log(each.portion) for each, tells in zip(new, told, strict=True)
     ]
     whole = sum(each.promised for each in new)
     mean = sum(each.promised / whole * value for each, value in zip(new, logs, strict=True))
@@ -72,6 +76,13 @@ def move_portions(known: Sequence[Portion], promised: Sequence[float], left: Seq
         replace(each, portion=_within(value - mean)) if tells else each
         for each, value, tells in zip(new, logs, told, strict=True)
     ]
+
+
+def _moved(each: Portion, promise: float, overall: float) -> float:
+    """Return the logarithm of a portion, moved by what is known of its tensor and of the whole step."""
+    beyond = _share(each.left, each.promised) - overall
+    weight = 1.0 if beyond > 0 else each.promised / (each.promised + SMALL_SHARE * promise)
+    return KEPT * log(each.portion) + GAIN * weight * beyond
 
 
 def _average(known: float, new: float) -> float:

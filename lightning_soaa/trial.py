@@ -86,7 +86,7 @@ def preserved_random(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_holdings(module: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
+def preserved_module(module: nn.Module, also: Iterable[Tensor] = ()) -> Iterator[None]:
     """Put back attributes of `module` and its parts, and the contents of tensors that a forward may edit.
 
     See :class:`~lightning_soaa._holdings.Attributes` and :func:`~lightning_soaa._holdings.edited_tensors`.
@@ -247,7 +247,7 @@ def trial(module: Any, trainer: Any, start: Start | None = None) -> Iterator[Non
         torch.no_grad(),
         resharded(trainer.strategy.model),
         preserved_random(module.device),
-        preserved_holdings(module, () if start is None else start.edited()),
+        preserved_module(module, () if start is None else start.edited()),
         silenced(module, trainer),
     ):
         yield

@@ -190,11 +190,13 @@ class ReferenceSOAA:
         clip = lambda x: np.clip(x, -2, 2)  # noqa: E731
         overall = clip(means[told, 1].sum() / means[told, 0].sum())
         logs = np.log([group["portion"][i] for group, i in places])
-        logs[told] = 0.98 * logs[told] + 0.2 * (clip(means[told, 1] / means[told, 0]) - overall)
+        beyond = clip(means[told, 1] / means[told, 0]) - overall
+        shrinks = 1 / (1 + 0.03 * means[told, 0].sum() / means[told, 0])
+        logs[told] = 0.99 * logs[told] + 0.3 * np.where(beyond > 0, 1.0, shrinks) * beyond
         mean = np.average(logs, weights=means[:, 0])
         for (group, i), value, tells in zip(places, logs, told, strict=True):
             if tells:
-                group["portion"][i] = np.exp(np.clip(value - mean, -np.log(8), np.log(8)))
+                group["portion"][i] = np.exp(np.clip(value - mean, -np.log(32), np.log(32)))
 
     def put(self, points):
         for (group, i), x in zip(self.everything(), points, strict=True):

@@ -31,7 +31,7 @@ from lightning_soaa import (
 )
 from lightning_soaa._setup import refuse_unsupported
 from lightning_soaa.module import SOAAMixin
-from lightning_soaa.trial import preserved_attributes
+from lightning_soaa.trial import preserved_module
 
 pytestmark = [*QUIET, pytest.mark.processes]
 
@@ -531,7 +531,7 @@ def test_release_of_torch_without_the_private_names_is_refused_by_name(monkeypat
 def test_trial_leaves_the_wrappers_own_attributes_to_torch(monkeypatch):
     monkeypatch.setattr(_holdings, "wrapper_class", lambda: nn.Linear)
     module = nn.Sequential(nn.Linear(1, 1))
-    with preserved_attributes(module):
+    with preserved_module(module):
         module.count = module[0].count = 1
     assert vars(module[0])["count"] == 1
     assert "count" not in vars(module)

@@ -18,7 +18,7 @@ from lightning_soaa.trial import (
     Silence,
     capture_random,
     own_containers,
-    preserved_holdings,
+    preserved_module,
     preserved_random,
     set_random,
     silenced,
@@ -78,20 +78,20 @@ def test_capture_random_does_not_import_numpy(monkeypatch):
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
-def test_preserved_holdings_restores_batch_norm_in_place(interrupt):
+def test_preserved_module_restores_batch_norm_in_place(interrupt):
     norm = nn.BatchNorm1d(3)
     norm(torch.randn(4, 3))
     objects, before = list(norm.buffers()), {k: v.clone() for k, v in norm.state_dict().items()}
-    enter(preserved_holdings(norm), lambda: norm(torch.randn(4, 3)), interrupt)
+    enter(preserved_module(norm), lambda: norm(torch.randn(4, 3)), interrupt)
     assert_same(dict(norm.state_dict()), before)
     assert all(one is other for one, other in zip(norm.buffers(), objects, strict=True))
 
 
-def test_preserved_holdings_leaves_out_expanded_buffers_which_cannot_be_written():
+def test_preserved_module_leaves_out_expanded_buffers_which_cannot_be_written():
     module = nn.Module()
     module.register_buffer("mask", torch.ones(1).expand(3, 3))
     module.register_buffer("sparse", torch.eye(3).to_sparse())
-    with preserved_holdings(module):
+    with preserved_module(module):
         pass
     assert torch.equal(module.sparse.to_dense(), torch.eye(3))
 
@@ -122,10 +122,10 @@ class Messy(nn.Module):
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
-def test_preserved_holdings_restores_counters_containers_and_replaced_buffers(interrupt):
+def test_preserved_module_restores_counters_containers_and_replaced_buffers(interrupt):
     module, ema = Messy(), None
     ema, outputs = module.ema, module.outputs
-    enter(preserved_holdings(module), module, interrupt)
+    enter(preserved_module(module), module, interrupt)
     assert module.count == 0
     assert module.outputs is outputs
     assert outputs == [1.0]
@@ -161,8 +161,8 @@ def test_metrics_go_on_as_if_a_trial_had_not_been(interrupt):
     for value in (1.0, 2.0):
         use(guarded, value)
         use(plain, value)
-        enter(preserved_holdings(guarded), lambda: None, interrupt)
-        with preserved_holdings(guarded):
+        enter(preserved_module(guarded), lambda: None, interrupt)
+        with preserved_module(guarded):
             use(guarded, 7.0)
             guarded.mean.compute()
     for name in ("mean", "cat", "minmax", "pair"):
