@@ -29,8 +29,8 @@ def section(text: str, heading: str) -> str:
 
 
 def within(markdown: str) -> str:
-    """Return `markdown` with links into the pages where README has them to docs/, and others as the name of a file."""
-    return LINK.sub(r"\1 (`\2`)", markdown.replace("](docs/", "]("))
+    """Return `markdown` with links into the pages where READMEs link to docs/, and others as the name of a file."""
+    return LINK.sub(r"\1 (`\2`)", re.sub(r"\]\((\.\./)?docs/", "](", markdown))
 
 
 def line_of(module: str, name: str) -> int:

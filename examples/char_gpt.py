@@ -1,9 +1,8 @@
-"""Train a character GPT on the texts of Python's `help()` without choosing a learning rate, and let it write.
+"""Train a character GPT on Python's help, or if large on its library, without a learning rate, and let it write.
 
 python examples/char_gpt.py                                   # 0.1 M parameters, about a minute
 python examples/char_gpt.py --size 10M --minutes 60           # on a GPU if there is one
 python examples/char_gpt.py --size 10M --minutes 60 --optimizer adamw --lr 1e-3   # only AdamW needs the rate
-python examples/char_gpt.py --size 10M --text library         # 12 MB: the sources of Python's standard library
 
 The curves are in logs/char_gpt/<size>-<optimizer>/version_0: TensorBoard's file, and csv/metrics.csv.
 """
@@ -28,9 +27,9 @@ from lightning_soaa import SOAA, KroneckerFisher, SOAAMixin
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CODE = {character: number for number, character in enumerate(CHARACTERS)}
 SIZES = {
-    "0.1M": {"layers": 2, "heads": 4, "width": 64, "context": 64, "dropout": 0.0, "batch": 16, "steps": 1000},
-    "10M": {"layers": 6, "heads": 6, "width": 384, "context": 256, "dropout": 0.2, "batch": 32, "steps": 4000},
-    "25M": {"layers": 8, "heads": 8, "width": 512, "context": 256, "dropout": 0.2, "batch": 32, "steps": 4000},
+    "0.1M": {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 16, "steps": 1000},
+    "10M": {"layers": 6, "heads": 6, "width": 384, "context": 256, "batch": 16, "steps": 4000},
+    "25M": {"layers": 8, "heads": 8, "width": 512, "context": 256, "batch": 16, "steps": 4000},
 }
 OPTIMIZERS = {
     "soaa": lambda params, lr: SOAA(params),
@@ -40,13 +39,13 @@ OPTIMIZERS = {
 
 
 class GPT(L.LightningModule):
-    def __init__(self, size: str, optimizer: str, lr: float, steps: int, minutes: float, dropout: float) -> None:
+    def __init__(self, size: str, optimizer: str, lr: float, steps: int, minutes: float) -> None:
         super().__init__()
         self.save_hyperparameters()
         layers, heads, width, self.context, *_ = SIZES[size].values()
         self.token, self.place = nn.Embedding(len(CHARACTERS), width), nn.Embedding(self.context, width)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CHARACTERS), bias=False)
@@ -55,9 +54,8 @@ class GPT(L.LightningModule):
         self.timer = Timer(timedelta(minutes=minutes))
 
     def forward(self, tokens):
-        length = tokens.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(length, device=self.device)
-        states = self.token(tokens) + self.place.weight[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=self.device)
+        states = self.token(tokens) + self.place.weight[: tokens.shape[1]]
         for block in self.blocks:
             states = block(states, mask, is_causal=True)
         return self.head(self.norm(states))
@@ -75,13 +73,10 @@ class GPT(L.LightningModule):
         self.log("val/loss", self.loss(batch), prog_bar=True)
         self.log("val/seconds", self.timer.time_elapsed())
 
-    def configure_callbacks(self):
-        return self.timer
-
     def configure_optimizers(self):
         optimizer = OPTIMIZERS[self.hparams.optimizer](self.parameters(), self.hparams.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def schedule(self, step: int) -> float:
         """Fall from 1 to 0 as a cosine over steps or minutes, whichever end first; AdamW has a warm-up before that."""
@@ -103,22 +98,14 @@ class GPTUnderSOAA(SOAAMixin, GPT):
     """The same, trained by SOAA."""
 
 
-def help_text() -> str:
-    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-
-
-def library_text() -> str:
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
-    return "\n\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
-
-
-TEXTS = {"help": help_text, "library": library_text}
-
-
-def loaders(text: str, context: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
+def loaders(size: str) -> tuple[DataLoader, DataLoader]:
     """Return windows of the first nine tenths of the text at random places, and 256 of the rest at even distances."""
-    codes = torch.tensor([CODE[character] for character in text if character in CODE])
+    context, batch_size = SIZES[size]["context"], SIZES[size]["batch"]
+    texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    if size != "0.1M":
+        files, left_out = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")), {"site-packages", "test", "tests"}
+        texts = [path.read_text("utf-8", errors="ignore") for path in files if not left_out & {*path.parts}]
+    codes = torch.tensor([CODE[character] for character in "\n\n".join(texts) if character in CODE])
     train, rest = codes[: len(codes) * 9 // 10], codes[len(codes) * 9 // 10 :]
     return (
         DataLoader(TensorDataset(train.unfold(0, context + 1, 1)), batch_size, shuffle=True, drop_last=True),
@@ -129,36 +116,31 @@ def loaders(text: str, context: int, batch_size: int) -> tuple[DataLoader, DataL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.1M", help="number of parameters")
-    parser.add_argument("--text", choices=TEXTS, default="help", help="what it learns to write")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="kronecker")
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; SOAA has none")
     parser.add_argument("--steps", type=int, help="default: 1000, or 4000 of the larger sizes")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after these, if the steps are not done before")
-    parser.add_argument("--batch", type=int, help="windows in a batch; default: 16, or 32 of the larger sizes")
-    parser.add_argument("--dropout", type=float, help="default: 0, or 0.2 of the larger sizes")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed is faster on a GPU")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="60 steps, to see that it runs")
     args = parser.parse_args()
 
-    L.seed_everything(args.seed)
+    L.seed_everything(0)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
     steps = 60 if args.fast else args.steps or SIZES[args.size]["steps"]
-    size = SIZES[args.size]
-    train, valid = loaders(TEXTS[args.text](), size["context"], args.batch or size["batch"])
-    kind = GPT if args.optimizer == "adamw" else GPTUnderSOAA
-    dropout = size["dropout"] if args.dropout is None else args.dropout
-    model = kind(args.size, args.optimizer, args.lr, steps, args.minutes, dropout)
+    model = (GPT if args.optimizer == "adamw" else GPTUnderSOAA)(
+        args.size, args.optimizer, args.lr, steps, args.minutes
+    )
     logger = TensorBoardLogger("logs", f"char_gpt/{args.size}-{args.optimizer}")
     trainer = L.Trainer(
         max_steps=steps,
+        callbacks=model.timer,
         val_check_interval=min(50, steps // 2),
         devices=1,
         precision=args.precision,
         logger=[logger, CSVLogger(logger.log_dir, name="", version="csv")],
         log_every_n_steps=10,
     )
-    trainer.fit(model, train, valid)
+    trainer.fit(model, *loaders(args.size))
     print(f"validation loss: {trainer.callback_metrics['val/loss']:.4f} nats a character")
     print(model.write("The ", 60 if args.fast else 400))
 
