@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,6 +257,12 @@ def save(figure: Figure, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     figure.savefig(path, dpi=90)
+    shrink(path)
+
+
+def shrink(path: Path) -> None:
+    """Keep 64 colours of a picture, which is enough for lines and a third of the bytes."""
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def compare(folder: Path) -> None:
@@ -289,6 +296,7 @@ def main() -> None:
         for name in NAMES:
             run = train(name, logs)
             png(panels, [run], options.folder / f"{name}.png", dpi=90)
+            shrink(options.folder / f"{name}.png")
             advice = ", ".join(advice.kind for advice in advice_for(run)) or "none"
             print(f"{options.folder / name}.png: advice {advice}")
     compare(options.folder)

@@ -98,7 +98,7 @@ def test_a_fresh_slope_is_that_of_gradients_before_they_are_clipped():
     assert optimizer.param_groups[0]["fresh_slope"] == pytest.approx(1, rel=0.05)
 
 
-def test_values_cut_off_are_allowed_for_nearly():
+def test_values_cut_off_are_allowed_for_by_half_or_more():
     def error(note):
         problem, errors = Clipped(by_value, note=note), []
         for _ in range(40):
@@ -108,8 +108,7 @@ def test_values_cut_off_are_allowed_for_nearly():
                 errors.append(abs(report.predicted_reduction / slope - 1))
         return sum(errors) / len(errors)
 
-    assert error(note=True) < 0.4
-    assert error(note=False) > 0.6
+    assert error(note=True) < 0.5 * error(note=False)
 
 
 def test_noting_gradients_that_are_not_clipped_changes_no_bit():

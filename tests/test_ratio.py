@@ -305,19 +305,25 @@ def test_training_recovers_from_three_hundred_nan_losses():
 
 
 def test_a_layer_that_is_unfrozen_in_mid_training_joins_in():
-    problem = Problem(RatioRadius())
-    rest = problem.params[:2]
-    problem.optimizer = SOAA(problem.params[2:])
-    frozen = [p.detach().clone() for p in rest]
-    problem.run(150)
-    assert all(torch.equal(p, q) for p, q in zip(rest, frozen, strict=True))
-    stuck, radius = true_loss(problem), problem.optimizer.radius
-    problem.optimizer.add_param_group({"params": rest})
-    for _ in range(200):
-        problem.step()
-        assert 0.02 * radius < problem.optimizer.radius < 50 * radius
-    assert true_loss(problem) < 0.8 * stuck
-    assert not torch.equal(rest[0], frozen[0])
+    def final_loss(*, unfreeze):
+        problem = Problem(RatioRadius())
+        rest = problem.params[:2]
+        problem.optimizer = SOAA(problem.params[2:])
+        frozen = [p.detach().clone() for p in rest]
+        problem.run(150)
+        assert all(torch.equal(p, q) for p, q in zip(rest, frozen, strict=True))
+        radius = problem.optimizer.radius
+        if unfreeze:
+            problem.optimizer.add_param_group({"params": rest})
+        for left in range(200, 0, -1):
+            for group in problem.optimizer.param_groups:
+                group["lr"] = 1e-3 * left / 200
+            problem.step()
+            assert 0.02 * radius < problem.optimizer.radius < 50 * radius
+        assert torch.equal(rest[0], frozen[0]) is not unfreeze
+        return true_loss(problem)
+
+    assert final_loss(unfreeze=True) < 0.8 * final_loss(unfreeze=False)
 
 
 # Precisions
