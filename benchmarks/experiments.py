@@ -10,7 +10,7 @@ from benchmarks.search import Plan, common_rates, grid_of, reference_rate, spec_
 from benchmarks.settings import BATCHES, HORIZONS, SHAPES, retuned
 from benchmarks.specs import RunSpec, Store
 from benchmarks.summary import BUDGETS, planned
-from benchmarks.tasks import TASKS, VARIANTS
+from benchmarks.tasks import TASKS, UNSEEN, VARIANTS
 
 OURS = "soaa_ratio"
 PEERS = ("prodigy", "schedule_free", "momo", "dadapt")
@@ -120,5 +120,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("constants", regret, ("adamw", *CONSTANTS)),
         Experiment("parts", regret, ("adamw", *PARTS)),
         Experiment("depth", regret, _CORE, tuple(VARIANTS)),
+        Experiment("unseen", regret, _EVERYONE, tuple(UNSEEN)),
     )
 }

@@ -256,6 +256,7 @@ def budget_grids(plan: Plan, store: Store) -> list[Grid]:
 GRIDS: dict[str, Callable[[Plan, Store], list[Grid]]] = {
     "regret": regret_grids,
     "depth": regret_grids,
+    "unseen": regret_grids,
     "constants": constant_grids,
     "parts": regret_grids,
     "sensitivity": sensitivity_grids,

