@@ -56,6 +56,19 @@ class Cell:
         return mean(found)
 
 
+def reached(found: Cell, loss: float) -> float:
+    """Return the share of a run's steps after which the mean over seeds of its lowest loss so far is at most `loss`.
+
+    Told by the evaluations, so to a twentieth; infinity if it never is.
+    """
+    lows = [inf] * len(found.records)
+    for rows in zip(*(record["evaluations"] for record in found.records), strict=False):
+        lows = [low if row[1] is None else min(low, row[1]) for low, row in zip(lows, rows, strict=True)]
+        if mean(lows) <= loss:
+            return float(rows[0][0] / found.records[0]["evaluations"][-1][0])
+    return inf
+
+
 def cell(store: Store, specs: Iterable[RunSpec]) -> Cell | None:
     """Return the runs of `specs`, or None if there are none or one is missing."""
     records = [store.get(spec) for spec in specs]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from statistics import mean
+from statistics import mean, median
 
 from benchmarks.experiments import DECADES, Experiment
 from benchmarks.fingerprint import package_versions
@@ -23,6 +23,7 @@ from benchmarks.summary import (
     geometric_mean,
     planned,
     ratios,
+    reached,
     regret_columns,
 )
 
@@ -108,15 +109,34 @@ def _cost_grid(columns: dict[str, dict[str, Cell]]) -> Grid:
     return Grid("Cost", note, header, rows)
 
 
+def _reached_grid(columns: dict[str, dict[str, Cell]], tasks: list[str]) -> Grid:
+    bar = columns["adamw"]
+    others = {name: column for name, column in columns.items() if not name.startswith("adamw ")}
+    shares = {
+        name: {
+            task: reached(column[task], bar[task].on_seeds_of(column[task]).mean) for task in tasks if task in column
+        }
+        for name, column in others.items()
+    }
+    never = lambda share: "never" if share == inf else ratio(share)  # noqa: E731
+    rows = [[task, *(never(share[task]) if task in share else "-" for share in shares.values())] for task in tasks]
+    rows.append(["**median**", *(never(median(share.values())) if share else "-" for share in shares.values())])
+    note = (
+        "Share of its steps after which a run is where AdamW's whole run gets, by its 20 evaluations. Schedules are of "
+        "the whole run: one planned to end there would get there sooner."
+    )
+    return Grid("Steps to tuned AdamW's loss", note, ["task", *others], rows)
+
+
 def regret_grids(plan: Plan, store: Store) -> list[Grid]:
-    """Return ratios to tuned AdamW, losses and costs."""
+    """Return ratios to tuned AdamW, losses, steps to its loss, and costs."""
     columns = regret_columns(plan, store)
     bar = columns.get("adamw", {})
     tasks = [task for task in plan.tasks if task in bar]
     note = "Mean loss over tuned AdamW's mean loss on the same seeds, with the same steps, initial weights and batches."
     main = {name: ratios(column, bar) for name, column in columns.items()}
     grids = [_ratio_grid("Ratio to AdamW tuned per task", note, main, tasks)]
-    return [*grids, _loss_grid(columns, tasks), _cost_grid(columns)] if bar else grids
+    return [*grids, _loss_grid(columns, tasks), _reached_grid(columns, tasks), _cost_grid(columns)] if bar else grids
 
 
 def constant_grids(plan: Plan, store: Store) -> list[Grid]:

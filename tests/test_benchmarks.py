@@ -25,7 +25,7 @@ from benchmarks.schedules import SCHEDULES
 from benchmarks.search import Plan, spec_of, tuned
 from benchmarks.settings import HORIZONS, changed
 from benchmarks.specs import RunSpec, Store
-from benchmarks.summary import Cell, budget_ratio, geometric_mean, passes, planned, ratios
+from benchmarks.summary import Cell, budget_ratio, geometric_mean, passes, planned, ratios, reached
 from benchmarks.tables import Grid, _recovery, regret_grids
 from benchmarks.tasks import TASKS, UNSEEN, VARIANTS, get_task
 from benchmarks.train import execute
@@ -289,6 +289,12 @@ def test_an_equal_budget_stops_the_dearer_run():
     assert budget_ratio(bar, bar, passes) == {"a": 1.0}
 
 
+def test_a_loss_is_reached_where_the_mean_of_the_lowest_so_far_is_that_low():
+    runs = [[[5, 3.0], [10, 1.0], [15, 2.0], [20, 0.5]], [[5, 3.0], [10, None], [15, 3.0], [20, 1.0]]]
+    found = Cell(tuple(record_of(0.5, seed, evaluations=rows) for seed, rows in enumerate(runs)))
+    assert [reached(found, loss) for loss in (3.0, 2.0, 1.99, 0.75, 0.7)] == [0.25, 0.5, 1.0, 1.0, inf]
+
+
 class FakeStore:
     """Runs of a fictitious contender whose loss is a known function of its rate."""
 
@@ -363,7 +369,12 @@ def test_the_regret_table_of_finished_runs(tmp_path):
     store = Store(tmp_path)
     assert run(EXPERIMENTS["regret"], plan, store, 1, None, Console(file=StringIO())) == []
     grids = regret_grids(plan, store)
-    assert [grid.title for grid in grids] == ["Ratio to AdamW tuned per task", "Losses", "Cost"]
+    assert [grid.title for grid in grids] == [
+        "Ratio to AdamW tuned per task",
+        "Losses",
+        "Steps to tuned AdamW's loss",
+        "Cost",
+    ]
     assert grids[0].rows[0][:2] == ["digits_mlp", "1.00"]
     assert float(grids[0].rows[0][2]) >= 1
 
