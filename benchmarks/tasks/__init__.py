@@ -1,6 +1,6 @@
 """The tasks by name: `TASKS` make up the regret table, `VARIANTS` are the same tasks in other sizes.
 
-`UNSEEN` are others, by which nothing has been chosen.
+`UNSEEN` are others, written after the rules had been chosen.
 """
 
 from benchmarks.tasks import images, smooth, text, unseen

@@ -1,4 +1,4 @@
-"""Tasks that had no part in the choice of any rule or constant: other losses, other architectures, deep plain nets."""
+"""Tasks written after the rules and constants had been chosen: other losses, other architectures, deep plain nets."""
 
 from collections import Counter
 from functools import cache, partial
