@@ -14,7 +14,7 @@ from benchmarks.experiments import EXPERIMENTS
 from benchmarks.run import run
 from benchmarks.search import Plan
 from benchmarks.specs import RESULTS, Store
-from benchmarks.tasks import TASKS, UNSEEN, VARIANTS
+from benchmarks.tasks import ALL
 
 FAST_TASKS = ("digits_mlp", "autompg_mlp")
 FAST_CONTENDERS = ("adamw", "soaa_ratio", "soaa_published")
@@ -55,7 +55,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 def show_lists(console: Console) -> None:
     """Print tasks, contenders and experiments."""
     table = Table("task", "steps", "batch", "about")
-    for task in [*TASKS.values(), *VARIANTS.values(), *UNSEEN.values()]:
+    for task in ALL.values():
         table.add_row(task.name, str(task.steps), str(task.batch_size), task.about)
     console.print(table)
     table = Table("contender", "package", "schedule", "rates")

@@ -55,18 +55,17 @@ class Cell:
             found.append(min(losses, default=inf))
         return mean(found)
 
+    def reached(self, loss: float) -> float:
+        """Return the share of a run's steps after which the mean over seeds of its lowest loss is at most `loss`.
 
-def reached(found: Cell, loss: float) -> float:
-    """Return the share of a run's steps after which the mean over seeds of its lowest loss so far is at most `loss`.
-
-    Told by the evaluations, so to a twentieth; infinity if it never is.
-    """
-    lows = [inf] * len(found.records)
-    for rows in zip(*(record["evaluations"] for record in found.records), strict=False):
-        lows = [low if row[1] is None else min(low, row[1]) for low, row in zip(lows, rows, strict=True)]
-        if mean(lows) <= loss:
-            return float(rows[0][0] / found.records[0]["evaluations"][-1][0])
-    return inf
+        Told by the evaluations, so to a twentieth; infinity if it never is.
+        """
+        lows = [inf] * len(self.records)
+        for rows in zip(*(record["evaluations"] for record in self.records), strict=False):
+            lows = [low if row[1] is None else min(low, row[1]) for low, row in zip(lows, rows, strict=True)]
+            if mean(lows) <= loss:
+                return float(rows[0][0] / self.records[0]["evaluations"][-1][0])
+        return inf
 
 
 def cell(store: Store, specs: Iterable[RunSpec]) -> Cell | None:

@@ -23,7 +23,6 @@ from benchmarks.summary import (
     geometric_mean,
     planned,
     ratios,
-    reached,
     regret_columns,
 )
 
@@ -109,23 +108,23 @@ def _cost_grid(columns: dict[str, dict[str, Cell]]) -> Grid:
     return Grid("Cost", note, header, rows)
 
 
+def _share(value: float | None) -> str:
+    return "never" if value == inf else ratio(value)
+
+
 def _reached_grid(columns: dict[str, dict[str, Cell]], tasks: list[str]) -> Grid:
     bar = columns["adamw"]
-    others = {name: column for name, column in columns.items() if not name.startswith("adamw ")}
-    shares = {
-        name: {
-            task: reached(column[task], bar[task].on_seeds_of(column[task]).mean) for task in tasks if task in column
-        }
-        for name, column in others.items()
-    }
-    never = lambda share: "never" if share == inf else ratio(share)  # noqa: E731
-    rows = [[task, *(never(share[task]) if task in share else "-" for share in shares.values())] for task in tasks]
-    rows.append(["**median**", *(never(median(share.values())) if share else "-" for share in shares.values())])
+    shares = [
+        {task: column[task].reached(bar[task].on_seeds_of(column[task]).mean) for task in tasks if task in column}
+        for column in columns.values()
+    ]
+    rows = [[task, *(_share(column.get(task)) for column in shares)] for task in tasks]
+    rows.append(["**median**", *(_share(median(column.values()) if column else None) for column in shares)])
     note = (
         "Share of its steps after which a run is where AdamW's whole run gets, by its 20 evaluations. Schedules are of "
         "the whole run: one planned to end there would get there sooner."
     )
-    return Grid("Steps to tuned AdamW's loss", note, ["task", *others], rows)
+    return Grid("Steps to tuned AdamW's loss", note, ["task", *columns], rows)
 
 
 def regret_grids(plan: Plan, store: Store) -> list[Grid]:
@@ -136,7 +135,10 @@ def regret_grids(plan: Plan, store: Store) -> list[Grid]:
     note = "Mean loss over tuned AdamW's mean loss on the same seeds, with the same steps, initial weights and batches."
     main = {name: ratios(column, bar) for name, column in columns.items()}
     grids = [_ratio_grid("Ratio to AdamW tuned per task", note, main, tasks)]
-    return [*grids, _loss_grid(columns, tasks), _reached_grid(columns, tasks), _cost_grid(columns)] if bar else grids
+    if not bar:
+        return grids
+    own = {name: columns[name] for name in plan.contenders}  # without AdamW's other rates
+    return [*grids, _loss_grid(columns, tasks), _reached_grid(own, tasks), _cost_grid(columns)]
 
 
 def constant_grids(plan: Plan, store: Store) -> list[Grid]:

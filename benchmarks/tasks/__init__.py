@@ -6,28 +6,29 @@
 from benchmarks.tasks import images, smooth, text, unseen
 from benchmarks.tasks.base import Task
 
-_FAMILIES = {"images": images, "text": text, "smooth": smooth}
-TASKS: dict[str, Task] = {task.name: task for family in _FAMILIES.values() for task in family.TASKS}
-VARIANTS: dict[str, Task] = {task.name: task for family in _FAMILIES.values() for task in family.VARIANTS}
-
-
+_FAMILIES = {
+    "images": [*images.TASKS, *images.VARIANTS],
+    "text": [*text.TASKS, *text.VARIANTS],
+    "smooth": [*smooth.TASKS, *smooth.VARIANTS],
+    "unseen": [*unseen.UNSEEN],
+}
+_FAMILY_OF = {task.name: label for label, tasks in _FAMILIES.items() for task in tasks}
+TASKS: dict[str, Task] = {task.name: task for family in (images, text, smooth) for task in family.TASKS}
+VARIANTS: dict[str, Task] = {task.name: task for family in (images, text, smooth) for task in family.VARIANTS}
 UNSEEN: dict[str, Task] = {task.name: task for task in unseen.UNSEEN}
-_ALL = TASKS | VARIANTS | UNSEEN
+ALL = TASKS | VARIANTS | UNSEEN
 
 
 def family_of(name: str) -> str:
     """Return the name of the module that defines the task called `name`."""
-    task = get_task(name)
-    if name in UNSEEN:
-        return "unseen"
-    return next(label for label, family in _FAMILIES.items() if task in [*family.TASKS, *family.VARIANTS])
+    return _FAMILY_OF[get_task(name).name]
 
 
 def get_task(name: str) -> Task:
     """Return the task called `name`."""
-    if name not in _ALL:
-        raise ValueError(f"benchmarks: no task {name!r}; there are {', '.join(_ALL)}")
-    return _ALL[name]
+    if name not in ALL:
+        raise ValueError(f"benchmarks: no task {name!r}; there are {', '.join(ALL)}")
+    return ALL[name]
 
 
-__all__ = ["TASKS", "UNSEEN", "VARIANTS", "Task", "family_of", "get_task"]
+__all__ = ["ALL", "TASKS", "UNSEEN", "VARIANTS", "Task", "family_of", "get_task"]
