@@ -209,16 +209,24 @@ class Contender:
     modules: tuple[str, ...] = ()
 
 
-def _ours(name: str, radius: str, fisher: str = "DiagonalFisher", reach: int = 0, **changes: object) -> Contender:
+def _ours(
+    name: str,
+    radius: str,
+    fisher: str = "DiagonalFisher",
+    reach: int = 0,
+    schedule: str = "cosine",
+    **changes: object,
+) -> Contender:
     build, package = partial(_soaa, radius=radius, fisher=fisher, changes=changes), "lightning_soaa"
     if reach:
         return Contender(name, build, HALF_DECADES, "warmup_cosine", package, reach)
     modules = ("kronecker",) if fisher == "KroneckerFisher" else ()
-    return Contender(name, build, (1e-3,), package=package, modules=modules)
+    return Contender(name, build, (1e-3,), schedule, package, modules=modules)
 
 
 _ALL = [
     Contender("adamw", _adamw, HALF_DECADES, "warmup_cosine", refine=True),
+    Contender("adamw_unscheduled", _adamw, HALF_DECADES, "constant", reach=1),
     Contender("adamw_clip", partial(_adamw, clip=True), HALF_DECADES, "warmup_cosine", reach=1),
     Contender("prodigy", _prodigy, (1.0,), package="prodigyopt"),
     Contender("schedule_free", _schedule_free, (2.5e-3,), "constant", package="schedulefree", reschedule=False),
@@ -242,7 +250,10 @@ _ALL = [
     _ours("soaa_ratio_ungated", "RatioRadius", gated=False),
     _ours("soaa_ratio_no_fresh_slopes", "RatioRadius", fresh_slopes=False, portions=False),
     _ours("soaa_ratio_no_portions", "RatioRadius", portions=False),
+    _ours("soaa_ratio_unscheduled", "RatioRadius", schedule="constant"),
+    _ours("soaa_ratio_unannealed", "RatioRadius", schedule="constant", anneals=False),
     _ours("soaa_kronecker", "RatioRadius", "KroneckerFisher"),
+    _ours("soaa_kronecker_unscheduled", "RatioRadius", "KroneckerFisher", schedule="constant"),
     _ours("soaa_published", "PublishedRadius"),
     _ours("soaa_published_tuned", "PublishedRadius", reach=1),
     _ours("soaa_fixed", "FixedRadius", reach=1),

@@ -105,6 +105,7 @@ PARTS = (
 )
 _EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_kronecker", "soaa_published")
 _CORE = ("adamw", OURS)
+_UNSCHEDULED = (f"{OURS}_unscheduled", f"{OURS}_unannealed", "soaa_kronecker_unscheduled", "adamw_unscheduled")
 EXPERIMENTS: dict[str, Experiment] = {
     each.name: each
     for each in (
@@ -121,5 +122,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("parts", regret, ("adamw", *PARTS)),
         Experiment("depth", regret, _CORE, tuple(VARIANTS)),
         Experiment("unseen", regret, _EVERYONE, tuple(UNSEEN)),
+        Experiment("unscheduled", regret, ("adamw", *_UNSCHEDULED, "schedule_free"), (*TASKS, *UNSEEN)),
     )
 }

@@ -31,6 +31,11 @@ class Cell:
         return mean(self.losses)
 
     @property
+    def last(self) -> float:
+        """Return the mean over seeds of the loss after the last step, infinity if one was not finite."""
+        return mean(inf if record["final"] is None else record["final"] for record in self.records)
+
+    @property
     def spread(self) -> float:
         """Return the standard deviation over seeds, 0 for a single one."""
         return stdev(self.losses) if len(self.losses) > 1 and self.mean < inf else 0.0

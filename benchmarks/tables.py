@@ -2,13 +2,14 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import inf
 from statistics import mean, median
 
 from benchmarks.experiments import DECADES, Experiment
 from benchmarks.fingerprint import package_versions
+from benchmarks.grid import Grid, number, ratio, ratio_grid
 from benchmarks.poison import KINDS, SCATTERED
 from benchmarks.search import Plan, reference_rate, spec_of, winner
 from benchmarks.settings import BATCHES, HORIZONS, SHAPES, Setting, changed, window
@@ -27,46 +28,6 @@ from benchmarks.summary import (
 )
 
 PACKAGES = ("torch", "prodigyopt", "schedulefree", "momo-opt", "dadaptation", "pytorch_optimizer")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: title, a line under it, header and rows of text."""
-
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """Return the table as Markdown with padded columns."""
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[index]) for line in lines) for index in range(len(self.header))]
-        text = ["| " + " | ".join(word.ljust(w) for word, w in zip(line, widths, strict=True)) + " |" for line in lines]
-        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-        return "\n".join([f"## {self.title}", "", self.note, "", text[0], rule, *text[1:]])
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Return `value` in few characters; "-" for nothing and "diverged" for infinity."""
-    if value is None:
-        return "-"
-    return "diverged" if value == inf else f"{value:.{digits}g}"
-
-
-def ratio(value: float | None) -> str:
-    """Return a ratio with two decimals."""
-    return number(value) if value is None or value == inf or value >= 100 else f"{value:.2f}"
-
-
-def _ratio_grid(title: str, note: str, columns: dict[str, dict[str, float]], tasks: list[str]) -> Grid:
-    """Return ratios, one row a task, then geometric mean, worst and the number of tasks."""
-    rows = [[task, *(ratio(column.get(task)) for column in columns.values())] for task in tasks]
-    some = [list(column.values()) for column in columns.values()]
-    rows.append(["**geometric mean**", *(ratio(geometric_mean(v)) if v else "-" for v in some)])
-    rows.append(["**worst**", *(ratio(max(v)) if v else "-" for v in some)])
-    rows.append(["tasks", *(str(len(v)) for v in some)])
-    return Grid(title, note, ["task", *columns], rows)
 
 
 def _loss(entry: Cell | None) -> str:
@@ -134,11 +95,27 @@ def regret_grids(plan: Plan, store: Store) -> list[Grid]:
     tasks = [task for task in plan.tasks if task in bar]
     note = "Mean loss over tuned AdamW's mean loss on the same seeds, with the same steps, initial weights and batches."
     main = {name: ratios(column, bar) for name, column in columns.items()}
-    grids = [_ratio_grid("Ratio to AdamW tuned per task", note, main, tasks)]
+    grids = [ratio_grid("Ratio to AdamW tuned per task", note, main, tasks)]
     if not bar:
         return grids
     own = {name: columns[name] for name in plan.contenders}  # without AdamW's other rates
     return [*grids, _loss_grid(columns, tasks), _reached_grid(own, tasks), _cost_grid(columns)]
+
+
+def unscheduled_grids(plan: Plan, store: Store) -> list[Grid]:
+    """Return ratios to tuned AdamW with its schedule: of the lowest losses, and of the losses at the end."""
+    columns = regret_columns(plan, store)
+    own = {name: columns[name] for name in plan.contenders}  # without AdamW's other rates
+    bar = own.get("adamw", {})
+    tasks = [task for task in plan.tasks if task in bar]
+    lowest = {name: ratios(column, bar) for name, column in own.items()}
+    last = {
+        name: {task: column[task].last / bar[task].on_seeds_of(column[task]).mean for task in tasks if task in column}
+        for name, column in own.items()
+    }
+    note = "Mean of the lowest validation losses over that of AdamW tuned per task with warm-up and cosine."
+    ends = "Mean loss after the last step over AdamW's lowest: far above the lowest a run has wandered, or overfits."
+    return [ratio_grid("Lowest loss", note, lowest, tasks), ratio_grid("Loss at the end", ends, last, tasks)]
 
 
 def constant_grids(plan: Plan, store: Store) -> list[Grid]:
@@ -148,7 +125,7 @@ def constant_grids(plan: Plan, store: Store) -> list[Grid]:
     tasks = [task for task in plan.tasks if task in bar]
     table = {name: ratios(columns[name], bar) for name in plan.contenders if name in columns}
     note = "Mean loss over tuned AdamW's mean loss on the same seeds."
-    grids = [_ratio_grid("Ratio to AdamW tuned per task", note, table, tasks)]
+    grids = [ratio_grid("Ratio to AdamW tuned per task", note, table, tasks)]
     whole = {name: column for name, column in table.items() if column.keys() == set(tasks)}
     left_out: dict[str, dict[str, float]] = {"left out": {}}
     chosen = {}
@@ -157,7 +134,7 @@ def constant_grids(plan: Plan, store: Store) -> list[Grid]:
         chosen[task] = min(others, key=others.__getitem__)
         left_out["left out"][task] = whole[chosen[task]][task]
     note = "Each task with the contender that is best on all the others."
-    grid = _ratio_grid("One task left out", note, left_out, list(chosen))
+    grid = ratio_grid("One task left out", note, left_out, list(chosen))
     header = [*grid.header, "chosen without it"]
     rows = [[*row, chosen.get(row[0], "")] for row in grid.rows]
     return [*grids, replace(grid, header=header, rows=rows)]
@@ -203,7 +180,7 @@ def poison_grids(plan: Plan, store: Store) -> list[Grid]:
             row = [task]
             for kind in KINDS:
                 hit = cell(store, [pick(seed=seed, poison=kind) for seed in range(plan.seeds)])
-                row.append(ratio(_final(hit) / _final(clean)) if hit and clean else "-")
+                row.append(ratio(hit.last / clean.last) if hit and clean else "-")
                 if kind not in SCATTERED:
                     row.append(_steps_back(hit))
             rows.append(row)
@@ -217,10 +194,6 @@ def poison_grids(plan: Plan, store: Store) -> list[Grid]:
         )
         grids.append(Grid(f"{contender}, poisoned batches", note, header, rows))
     return grids
-
-
-def _final(entry: Cell) -> float:
-    return mean(inf if record["final"] is None else record["final"] for record in entry.records)
 
 
 def setting_grids(settings: list[Setting], plan: Plan, store: Store) -> list[Grid]:
@@ -238,7 +211,7 @@ def setting_grids(settings: list[Setting], plan: Plan, store: Store) -> list[Gri
         bar = columns.get("adamw", {})
         table = {name: ratios(column, bar) for name, column in columns.items()}
         note = "Mean loss over that of AdamW tuned for this setting."
-        grids.append(_ratio_grid(setting.name, note, table, [task for task in plan.tasks if task in bar]))
+        grids.append(ratio_grid(setting.name, note, table, [task for task in plan.tasks if task in bar]))
     return grids
 
 
@@ -271,7 +244,7 @@ def budget_grids(plan: Plan, store: Store) -> list[Grid]:
             columns[contender] = ratios({task: found for task, found in cells.items() if found}, bar)
         columns.pop("adamw", None)
         note = f"Each run has as many steps as tuned AdamW's whole run pays for in {kind}; its schedule ends with them."
-        grids.append(_ratio_grid(f"Equal {kind}", note, columns, list(bar)))
+        grids.append(ratio_grid(f"Equal {kind}", note, columns, list(bar)))
     return grids
 
 
@@ -279,6 +252,7 @@ GRIDS: dict[str, Callable[[Plan, Store], list[Grid]]] = {
     "regret": regret_grids,
     "depth": regret_grids,
     "unseen": regret_grids,
+    "unscheduled": unscheduled_grids,
     "constants": constant_grids,
     "parts": regret_grids,
     "sensitivity": sensitivity_grids,

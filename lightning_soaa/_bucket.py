@@ -16,6 +16,9 @@ from lightning_soaa._sums import on_host, wide_dtype
 CACHED, BOUNDED = 2**17, 2**25
 # Tensors of no more entries are worked on together, where copies of them cost less than an operation on each.
 SMALL = 2**14
+# In torch 2.6 views of a flat tensor as tensors without entries are of the shape (0,).
+_EMPTY = [torch.empty(0, 2)]
+LOSES_SHAPES = torch._utils._unflatten_dense_tensors(torch.empty(0), _EMPTY)[0].dim() == 1  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -315,4 +318,6 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return views of what :func:`flatten` made of tensors of the shapes of `like`."""
     views: list[Tensor] = list(torch._utils._unflatten_dense_tensors(flat, like))  # type: ignore[no-untyped-call]
+    if LOSES_SHAPES:
+        return [view.view(one.shape) for view, one in zip(views, like, strict=True)]
     return views

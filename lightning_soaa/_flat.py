@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_soaa._dist import Shards
+from lightning_soaa._dist import Shards, world_size
 
 _PACKAGE = "torch.distributed.fsdp"
 
@@ -77,6 +77,8 @@ def free_gathered(module: nn.Module) -> None:
         RuntimeError: this release of torch does so in another way.
     """
     kind = wrapper_class()
+    if world_size() == 1:  # nothing is in parts then
+        return
     with _known_release():
         for part in module.modules():
             if isinstance(part, kind) and part._handle is not None and part._is_root is not None:  # has run a forward

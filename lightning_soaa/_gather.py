@@ -200,7 +200,7 @@ def gather(
         kept[STEP] += 1
         plain = type(grad) is Tensor  # no DTensor then, nor is the parameter
         part = parts.get(param) if parts else None
-        shards = (() if plain else shards_of(param)) if part is None else part.shards
+        shards = () if plain and part is None else spread_over(param, parts)
         key = (index, param.device, dtype, kept[STEP], shards)
         bucket = buckets.get(key)
         if bucket is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import exp, inf, isfinite
 from typing import ClassVar
 
 from lightning_soaa._checks import check_between, check_count, check_positive
@@ -22,6 +22,8 @@ WARM = 0.5
 SMALLEST_RMS = 1e-3
 # Checks of burn-in in which a radius may be held, in steps of full length. Parameters from zero take some to grow.
 HELD = 20
+# Share of a slope that a check adds to the logarithm of what annealing leaves of the prior; the least that is left.
+ANNEALS, LEAST = 0.2, 0.01
 # Steady checks after which the distance between checks grows by `interval`, and how often it does so.
 STEADY, STRETCHES = 4, 3
 
@@ -43,6 +45,12 @@ class RatioRadius(AbstractRadius):
       is ``2 rho - 1`` on a quadratic. Where the mean of slope and share is above ``1 - target``, curvature raises the
       loss without turning the slope, as it does where the loss is rugged on the scale of the step.)
     - Otherwise it drifts back to its prior.
+
+    Without a scheduler, or while it leaves the learning rate at its peak, the radius anneals by itself: where the next
+    batch finds the slope turned further than curvature explains, steps are lost in the batches' noise. The prior is
+    multiplied by ``exp(0.2 s)`` a check, with s the mean slope left, less ``1 - 2`` times the share eaten where that is
+    negative (it is the slope left on a quadratic), down to 1/100, and up again where slopes are left. A scheduler that
+    takes over later starts from there: the step is the smaller of the two, not their product.
 
     A step that raises its own batch's loss by more than it promised to lower it is undone, and the radius halved. The
     radius stays within 1/1000 and 10 times its prior; at its floor every step to a finite loss is taken, so that no run
@@ -69,6 +77,7 @@ class RatioRadius(AbstractRadius):
     fresh_slopes: ClassVar[bool] = True
     portions: ClassVar[bool] = True
     gated: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 
     relative: float = 0.2
@@ -87,10 +96,11 @@ class RatioRadius(AbstractRadius):
 
         The radius is 0 until the first check knows the size of the parameters. The phase is 1 in burn-in, 0 after it.
         `scale` is the parameters' root mean square when burn-in ended, 0 before; `steady` counts checks that neither
-        grew nor shrank the radius; `noise` is that of the loss closure, as far as checks have shown it.
+        grew nor shrank the radius; `noise` is that of the loss closure, as far as checks have shown it; `annealing` is
+        what is left of the prior.
         """
         means = {"eaten": 0.0, "eaten_weight": 0.0, "fresh": 0.0, "fresh_weight": 0.0}
-        return {"radius": 0.0, "phase": 1, "scale": 0.0, "steady": 0.0, "noise": 0.0, **means}
+        return {"radius": 0.0, "phase": 1, "scale": 0.0, "steady": 0.0, "noise": 0.0, "annealing": 1.0, **means}
 
     def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
         """Return True on every step of burn-in, later on every `interval`-th, or less often while all is steady."""
@@ -116,6 +126,8 @@ class RatioRadius(AbstractRadius):
             return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
         new |= self._means(numbers, evidence, at_floor=at_floor)
         new |= self._move(new, evidence, low=low, prior=prior, high=high)
+        if self.anneals and not numbers["phase"] and evidence.schedule == 1:  # else a scheduler does it
+            new |= _anneal(new, evidence, low=low)
         return Decision(new, accepted=True)
 
     def bounds(self, numbers: Mapping[str, float], evidence: Evidence) -> tuple[float, float, float]:
@@ -127,8 +139,9 @@ class RatioRadius(AbstractRadius):
         scale = numbers["scale"] or inf
         rms = evidence.parameter_rms if isfinite(evidence.parameter_rms) else min(1.0, scale)
         rms = max(rms, SMALLEST_RMS)
-        prior = self.relative * min(rms, scale)
-        return max(FLOOR * prior, evidence.resolution * rms), prior, CEILING * prior
+        whole = self.relative * min(rms, scale)
+        prior = whole * annealed(numbers["annealing"], evidence.schedule)
+        return max(FLOOR * whole, evidence.resolution * rms), prior, CEILING * whole
 
     def _means(self, numbers: Mapping[str, float], evidence: Evidence, *, at_floor: bool) -> Numbers:
         """Return the sums behind both means with this check's evidence; on the way up from the floor it has none."""
@@ -145,7 +158,7 @@ class RatioRadius(AbstractRadius):
     def _move(self, new: Numbers, evidence: Evidence, *, low: float, prior: float, high: float) -> Numbers:
         """Return radius, phase, scale and steady count after an accepted check."""
         excess, schedule = 1 - self.target, evidence.schedule
-        eaten, fresh = (new[name] / (new[f"{name}_weight"] or 1.0) for name in ("eaten", "fresh"))
+        eaten, fresh = _eaten_and_fresh(new)
         unknown = abs(evidence.predicted) <= evidence.noise
         long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess and not unknown
         short = eaten < excess * min(1.0, max(LATE, schedule))
@@ -160,8 +173,8 @@ class RatioRadius(AbstractRadius):
             radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
             phase, steady = (0, 0.0) if ends else (1, steady)
         else:
-            limit = high if fresh > 0 else GROWN * prior
-            short = short and (radius < limit or fresh > 0)
+            limit = (CEILING if fresh > 0 else GROWN) * prior
+            short = short and (radius < 0.99 * limit or fresh > 0)  # not left to rounding where it is at its limit
             moves = long or (short and not unknown and schedule > LATE)
             steady = 0.0 if moves else steady + 1
             if long:
@@ -172,6 +185,27 @@ class RatioRadius(AbstractRadius):
                 radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
         scale = prior / self.relative if new["phase"] and not phase else new["scale"]
         return {"radius": max(radius, low), "phase": phase, "scale": scale, "steady": steady}
+
+
+def _eaten_and_fresh(numbers: Mapping[str, float]) -> tuple[float, float]:
+    """Return the means of eaten shares and fresh slopes, 0 where nothing is known."""
+    eaten, fresh = (numbers[name] / (numbers[f"{name}_weight"] or 1.0) for name in ("eaten", "fresh"))
+    return eaten, fresh
+
+
+def _anneal(new: Numbers, evidence: Evidence, *, low: float) -> Numbers:
+    """Return what is left of the prior after an accepted check, and the radius that takes its loss along."""
+    if abs(evidence.predicted) <= evidence.noise:
+        return {}
+    eaten, fresh = _eaten_and_fresh(new)
+    left = max(-1.0, min(1.0, fresh + max(0.0, 2 * eaten - 1))) * new["fresh_weight"]
+    annealing = max(LEAST, min(1.0, new["annealing"] * exp(ANNEALS * left)))
+    return {"annealing": annealing, "radius": max(low, new["radius"] * min(1.0, annealing / new["annealing"]))}
+
+
+def annealed(annealing: float, schedule: float) -> float:
+    """Return what annealing leaves of the prior beyond what the schedule takes anyway."""
+    return min(1.0, annealing / schedule) if 0 < schedule < 1 else annealing
 
 
 def gained(evidence: Evidence) -> float:

@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 QUIET_LINES = ("[Gloo]", "[W")
+# torch 2.6 shards (fully_shard) on accelerators alone.
+SHARDS_ON_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no CPU streams")
 
 
 def free_port():

@@ -14,7 +14,7 @@ class ReferenceSOAA:
         self.d, self.loss_ema, self.p, self.t = radius, 0.0, 0.0, 0
         self.lr_unit = max(group["lr"] for group in groups)
         self.initial_lrs = [group["lr"] for group in groups]
-        self.phase, self.unchecked, self.steady, self.scale = 1, 0, 0, 0.0
+        self.phase, self.unchecked, self.steady, self.scale, self.annealing = 1, 0, 0, 0.0, 1.0
         self.eaten, self.fresh = [0.0, 0.0], [0.0, 0.0]  # weighted sum, sum of weights
         self.checked, self.slope = None, None  # (step, gradient of it), and what the next gradient found of the slope
         self.found = None  # (promised, left) of each parameter since the last check
@@ -208,9 +208,14 @@ class ReferenceSOAA:
         prior = self.options["relative"] * (min(rms, self.scale) if self.scale else rms)
         return max(1e-3 * prior, np.finfo(float).eps * rms), prior, 10 * prior
 
+    def annealed(self, f):
+        """What is left of the prior: nothing is taken that the schedule takes."""
+        return min(1.0, self.annealing / f) if 0 < f < 1 else self.annealing
+
     def judge(self, promised, actual, loss, rms, f):
         """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
         low, prior, high = self.bounds(rms)
+        prior *= self.annealed(f)
         if promised == 0:
             return True, False
         self.noise = max(0.9 * self.noise, actual - 2 * abs(promised) if np.isfinite(actual) else 0.0)
@@ -249,16 +254,22 @@ class ReferenceSOAA:
                 self.phase = 1
             self.scale = prior / self.options["relative"] if ends else self.scale
         else:
-            grows = short and known and f > 0.05 and (slope > 0 or self.d < 3 * prior)
+            grows = short and known and f > 0.05 and (slope > 0 or self.d < 0.99 * 3 * prior)
             self.steady = 0 if long or grows else self.steady + 1
             if long:
                 self.d *= 0.7
             elif grows:
-                self.d = min(1.2 * self.d, max(self.d, high if slope > 0 else 3 * prior))
+                self.d = min(1.2 * self.d, max(self.d, (10 if slope > 0 else 3) * prior))
             elif self.d < prior:
                 self.d = min(1.1 * self.d, prior)
             else:
                 self.d = max(0.975 * self.d, prior)
+            if known and f == 1:
+                unexplained = slope - min(0.0, 1 - 2 * eaten)
+                before = self.annealing
+                self.annealing *= np.exp(0.2 * np.clip(unexplained, -1, 1) * self.fresh[1])
+                self.annealing = np.clip(self.annealing, 0.01, 1)
+                self.d = max(self.d, low) * min(1, self.annealing / before)
         self.d = max(self.d, low)
         return True, False
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import SHARDS_ON_CPU
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -41,7 +42,11 @@ def run(path, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+MARKS = {"fsdp2": SHARDS_ON_CPU}
+MARKED = [pytest.param(path, marks=MARKS.get(path.stem, ()), id=path.stem) for path in EXAMPLES]
+
+
+@pytest.mark.parametrize("path", MARKED)
 def test_example_runs_fast_and_says_what_came_of_it(path, tmp_path):
     if path.stem in EXTRA:
         pytest.importorskip(EXTRA[path.stem], reason=f"{EXTRA[path.stem]} is not installed")

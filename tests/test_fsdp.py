@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_models import ACCEPT, BATCH, QUIET, assert_same, assert_steps_alike, fit, seed
-from processes import of_ranks
+from processes import SHARDS_ON_CPU, of_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soaa import SOAA, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
 
-pytestmark = [*QUIET, pytest.mark.processes]
+pytestmark = [*QUIET, pytest.mark.processes, SHARDS_ON_CPU]
 
 BATCHES = 8  # four a rank
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_models import ACCEPT, QUIET, assert_same, assert_steps_alike, fit, seed
-from processes import of_ranks
+from processes import SHARDS_ON_CPU, of_ranks
 from test_fsdp import Layers, MixedNet, ddp
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_soaa import FixedRadius, RatioRadius
 from lightning_soaa.module import SOAAMixin
 
-pytestmark = [*QUIET, pytest.mark.processes]
+pytestmark = [*QUIET, pytest.mark.processes, SHARDS_ON_CPU]
 
 RANKS = 4
 BATCHES = 4  # a rank

@@ -58,9 +58,8 @@ REFUSED = {
     ),
     "AdamW's": (
         lambda s: adamw(), ValueError,
-        "SOAA: `state_dict` must be SOAA's own, with `radius` in its first group, got ['amsgrad', 'betas', "
-        "'capturable', 'decoupled_weight_decay', 'differentiable', 'eps', 'foreach', 'fused', 'lr', 'maximize', "
-        "'params', 'weight_decay']",
+        "SOAA: `state_dict` must be SOAA's own, with `radius` in its first group, "
+        f"got {sorted(adamw()['param_groups'][0])}",
     ),
     "of another rule": (
         lambda s: other(FixedRadius()), ValueError,

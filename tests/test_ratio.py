@@ -243,6 +243,49 @@ def test_loss_falls_and_the_radius_stays_finite_under_every_schedule(schedule, l
     assert torch.isfinite(flat(problem)).all()
 
 
+class Unannealed(RatioRadius):
+    """RatioRadius whose prior stays what it is."""
+
+    anneals = False
+
+
+def noisy_regression(rule, scheduler=None, seed=0):
+    """Return the loss beyond the least one in the last 200 of 800 steps on batches of 8, and the optimizer.
+
+    The noise in the targets has variance 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, w = draw(512, 20), nn.Parameter(draw(20))
+    y = x @ draw(20) + draw(512)
+    loss_on = lambda rows: (x[rows] @ w - y[rows]).square().mean()  # noqa: E731
+    least = (x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0] - y).square().mean()
+    optimizer, beyond = SOAA([w], radius=rule), []
+    scheduler = scheduler(optimizer, 800) if scheduler else None
+    for _ in range(800):
+        rows = torch.randint(512, (8,), generator=generator)
+        drive(optimizer, lambda rows=rows: loss_on(rows))
+        if scheduler:
+            scheduler.step()
+        beyond.append(float((loss_on(slice(None)) - least).detach()))
+    return sum(beyond[-200:]) / 200, optimizer
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_without_a_schedule_the_radius_anneals_where_noise_is_all_that_is_left(seed):
+    annealed, optimizer = noisy_regression(RatioRadius(), seed=seed)
+    unannealed, _ = noisy_regression(Unannealed(), seed=seed)
+    assert optimizer.param_groups[0]["rule_annealing"] < 0.3
+    assert annealed < 0.7
+    assert unannealed > 2 * annealed
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "exponential to 1e-12", "one cycle"])
+def test_a_schedule_that_has_set_in_is_left_to_anneal_alone(schedule):
+    _, optimizer = noisy_regression(RatioRadius(), SCHEDULERS[schedule])
+    assert optimizer.param_groups[0]["rule_annealing"] == 1.0
+
+
 def test_a_schedule_that_shrinks_the_step_does_not_make_the_radius_grow():
     decayed, plain = Problem(RatioRadius()), Problem(RatioRadius())
     scheduler = lr_scheduler.CosineAnnealingLR(decayed.optimizer, 300)

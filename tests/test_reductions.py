@@ -413,6 +413,7 @@ def test_ratio_radius_decides(name):
         **{"eaten": eaten, "eaten_weight": weight, "fresh": slope, "fresh_weight": weight},
         "scale": before.get("scale", 0.0 if phase else 1.0),
         "noise": before.get("noise", 0.0),
+        "annealing": 1.0,
     }
     check = {"actual": 1.0, "rms": 1.0, "predicted": 1.0, **check}
     actual, rms = check.pop("actual"), check.pop("rms")
@@ -423,7 +424,7 @@ def test_ratio_radius_decides(name):
     new = decision.numbers
     seen = {"accepted": decision.accepted, "retry": decision.retry}
     seen |= {
-        "factor": new["radius"] / (before["radius"] or math.nan),
+        "factor": new["radius"] / (before["radius"] or math.nan) / new["annealing"],
         "mean": new["eaten"],
         "slope_mean": new["fresh"],
         **new,
@@ -432,6 +433,59 @@ def test_ratio_radius_decides(name):
     for what, value in expected.items():
         assert seen[what] == pytest.approx(value, rel=1e-12, abs=1e-15), what
     assert new.keys() == numbers.keys() | {"radius_low", "radius_high"}
+
+
+# Name: share eaten and slope left before a check that finds the same, what differs; what is left of the prior after it.
+ANNEALING = {
+    "a slope that has turned without curvature anneals": (0.4, -0.5, {}, math.exp(-0.1)),
+    "one that curvature explains does not": (0.9, -0.8, {}, 1.0),
+    "beyond what it explains it does": (0.6, -0.7, {}, math.exp(-0.1)),
+    "never more than a fifth of the logarithm": (0.2, -1.9, {}, math.exp(-0.2)),
+    "in proportion to what is known": (0.4, -0.5, {"weight": 0.5}, math.exp(-0.2 * 0.5 * 0.6)),
+    "a slope that is left leads back": (0.4, 0.25, {"annealing": 0.5}, 0.5 * math.exp(0.05)),
+    "to the prior and no further": (0.4, 1.0, {"annealing": 0.9}, 1.0),
+    "a hundredth is left at least": (0.4, -0.5, {"annealing": 0.0101}, 0.01),
+    "a schedule that has set in anneals, not the radius": (0.4, -0.5, {"annealing": 0.5, "schedule": 0.99}, 0.5),
+    "where nothing is known nothing moves": (0.4, -0.5, {"annealing": 0.5, "noise": 1.0}, 0.5),
+    "nor in burn-in": (0.4, -0.5, {"phase": 1}, 1.0),
+    "nor by a step that is undone": (0.4, -0.5, {"annealing": 0.5, "actual": NAN}, 0.5),
+}
+
+
+def after_annealing(eaten, slope, *, phase=0, weight=1.0, annealing=1.0, radius=0.04, **check):
+    """Return the decision on a check that finds what is known already."""
+    numbers = {"radius": radius, "phase": phase, "steady": 0.0, "scale": 0.0 if phase else 1.0, "noise": 0.0}
+    numbers |= {"eaten": eaten * weight, "eaten_weight": weight, "fresh": slope * weight, "fresh_weight": weight}
+    check = {"actual": 1 - eaten, "fresh": slope, "parameter_rms": 1.0, "predicted": 1.0, **check}
+    evidence = Evidence(base=0.0, trial=-check.pop("actual"), **check)
+    return RatioRadius().update({**numbers, "annealing": annealing}, evidence)
+
+
+@pytest.mark.parametrize("name", ANNEALING)
+def test_ratio_radius_anneals(name):
+    eaten, slope, what, expected = ANNEALING[name]
+    assert after_annealing(eaten, slope, **what).numbers["annealing"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "annealing", "prior"),
+    [(1.0, 1.0, 0.2), (1.0, 0.5, 0.1), (0.8, 0.4, 0.1), (0.5, 0.5, 0.2), (0.1, 0.5, 0.2), (3.0, 0.5, 0.1)],
+)
+def test_annealing_lowers_the_prior_by_what_the_schedule_has_not_taken(schedule, annealing, prior):
+    evidence = Evidence(base=0.0, trial=0.0, predicted=1.0, parameter_rms=1.0, schedule=schedule)
+    low, found, high = RatioRadius().bounds({"scale": 1.0, "annealing": annealing}, evidence)
+    assert found == pytest.approx(prior, rel=1e-12)
+    assert (low, high) == (LOW, 2.0)
+
+
+def test_the_radius_takes_its_loss_of_the_prior_along():
+    """From a radius at its prior, with shares that move nothing else."""
+    numbers = after_annealing(0.4, -0.5, annealing=0.5, radius=0.1).numbers
+    assert numbers["radius"] == pytest.approx(0.1 * math.exp(-0.1), rel=1e-12)
+
+
+def test_the_radius_is_given_nothing_back_but_drifts_to_the_prior():
+    assert after_annealing(0.4, 0.25, annealing=0.5, radius=0.1).numbers["radius"] == 0.1
 
 
 def test_ratio_radius_holds_the_eaten_share_of_two_checks_before_it_calls_a_step_long():
@@ -464,7 +518,7 @@ def test_ratio_radius_checks_every_step_of_burn_in_and_then_the_less_often_the_s
 
 @pytest.mark.parametrize("phase", [1, 0])
 def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing(phase):
-    numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3}
+    numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3, "annealing": 0.5}
     numbers |= {"eaten": 0.3, "eaten_weight": 1.0, "fresh": 0.1, "fresh_weight": 1.0}
     for trial in (1.0, 9.0, math.nan):
         evidence = Evidence(base=1.0, trial=trial, predicted=0.0, parameter_rms=1.0, fresh=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_models import ACCEPT, QUIET, assert_same, assert_steps_alike, fit, seed
-from processes import of_ranks
+from processes import SHARDS_ON_CPU, of_ranks
 from test_fsdp import Layers, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -185,6 +185,7 @@ def test_one_and_one_epochs_are_two(ranks):
         assert_same(rank["plain"][1], rank["resumed"])
 
 
+@SHARDS_ON_CPU
 def test_two_copies_over_two_processes_each_decide_as_one_process_and_step_alike_to_rounding(tmp_path):
     """fully_shard over one dimension of the mesh, tensor parallelism over the other."""
     ranks = of_ranks(__file__, tmp_path, "copies", ranks=4)

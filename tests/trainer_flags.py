@@ -33,7 +33,7 @@ def step_lr(optimizer):
 
 
 def plateau(optimizer):
-    return schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+    return schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.9)
 
 
 def sequential(optimizer):
