@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import exp, inf, isfinite
+from math import exp, inf, isclose, isfinite
 from typing import ClassVar
 
 from lightning_soaa._checks import check_between, check_count, check_positive
@@ -126,7 +126,8 @@ class RatioRadius(AbstractRadius):
             return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
         new |= self._means(numbers, evidence, at_floor=at_floor)
         new |= self._move(new, evidence, low=low, prior=prior, high=high)
-        if self.anneals and not numbers["phase"] and evidence.schedule == 1:  # else a scheduler does it
+        at_peak = isclose(evidence.schedule, 1.0, rel_tol=1e-6)  # a warm-up may leave it at 1 less a rounding
+        if self.anneals and not numbers["phase"] and at_peak:  # else a scheduler does it
             new |= _anneal(new, evidence, low=low)
         return Decision(new, accepted=True)
 

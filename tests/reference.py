@@ -264,7 +264,7 @@ class ReferenceSOAA:
                 self.d = min(1.1 * self.d, prior)
             else:
                 self.d = max(0.975 * self.d, prior)
-            if known and f == 1:
+            if known and abs(f - 1) < 1e-6:
                 unexplained = slope - min(0.0, 1 - 2 * eaten)
                 before = self.annealing
                 self.annealing *= np.exp(0.2 * np.clip(unexplained, -1, 1) * self.fresh[1])

@@ -280,6 +280,13 @@ def test_without_a_schedule_the_radius_anneals_where_noise_is_all_that_is_left(s
     assert unannealed > 2 * annealed
 
 
+def test_after_a_warm_up_that_ends_a_rounding_below_its_peak_the_radius_anneals():
+    _, optimizer = noisy_regression(RatioRadius(), lambda o, _: lr_scheduler.LinearLR(o, 0.3, total_iters=20))
+    head = optimizer.param_groups[0]
+    assert 0 < abs(head["lr"] / head["initial_lr"] - 1) < 1e-12
+    assert head["rule_annealing"] < 0.3
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "exponential to 1e-12", "one cycle"])
 def test_a_schedule_that_has_set_in_is_left_to_anneal_alone(schedule):
     _, optimizer = noisy_regression(RatioRadius(), SCHEDULERS[schedule])
