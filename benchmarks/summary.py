@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import exp, inf, log
+from operator import attrgetter
 from statistics import mean, stdev
 from typing import Any
 
@@ -136,9 +137,11 @@ def regret_columns(plan: Plan, store: Store) -> dict[str, dict[str, Cell]]:
     return {name: {task: found for task, found in column.items() if found} for name, column in columns.items()}
 
 
-def ratios(column: dict[str, Cell], bar: dict[str, Cell]) -> dict[str, float]:
-    """Return task -> mean loss over the bar's mean loss on the same seeds, for tasks that both have."""
-    return {task: column[task].mean / bar[task].on_seeds_of(column[task]).mean for task in bar if task in column}
+def ratios(
+    column: dict[str, Cell], bar: dict[str, Cell], loss: Callable[[Cell], float] = attrgetter("mean")
+) -> dict[str, float]:
+    """Return task -> `loss` over the bar's mean loss on the same seeds, for tasks that both have."""
+    return {task: loss(column[task]) / bar[task].on_seeds_of(column[task]).mean for task in bar if task in column}
 
 
 def budget_ratio(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import inf
+from operator import attrgetter
 from statistics import mean, median
 
 from benchmarks.experiments import DECADES, Experiment
@@ -109,10 +110,7 @@ def unscheduled_grids(plan: Plan, store: Store) -> list[Grid]:
     bar = own.get("adamw", {})
     tasks = [task for task in plan.tasks if task in bar]
     lowest = {name: ratios(column, bar) for name, column in own.items()}
-    last = {
-        name: {task: column[task].last / bar[task].on_seeds_of(column[task]).mean for task in tasks if task in column}
-        for name, column in own.items()
-    }
+    last = {name: ratios(column, bar, attrgetter("last")) for name, column in own.items()}
     note = "Mean of the lowest validation losses over that of AdamW tuned per task with warm-up and cosine."
     ends = "Mean loss after the last step over AdamW's lowest: far above the lowest a run has wandered, or overfits."
     return [ratio_grid("Lowest loss", note, lowest, tasks), ratio_grid("Loss at the end", ends, last, tasks)]

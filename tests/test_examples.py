@@ -29,6 +29,8 @@ RESULTS = {
 }
 EXTRA = {"huggingface": "transformers"}  # package, of examples that need more than the tests do
 TWO_PROCESSES = {"ddp", "fsdp2"}  # each of them prints a line
+MARKS = {"fsdp2": SHARDS_ON_CPU}
+MARKED = [pytest.param(path, marks=MARKS.get(path.stem, ()), id=path.stem) for path in EXAMPLES]
 
 
 def run(path, folder):
@@ -40,10 +42,6 @@ def run(path, folder):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-MARKS = {"fsdp2": SHARDS_ON_CPU}
-MARKED = [pytest.param(path, marks=MARKS.get(path.stem, ()), id=path.stem) for path in EXAMPLES]
 
 
 @pytest.mark.parametrize("path", MARKED)
