@@ -2,17 +2,16 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.drivers import Averaged, Driver, checked_step, clipped_step, joint_step
 from benchmarks.fingerprint import package_versions, soaa_hash
-from benchmarks.schedules import SCHEDULES
 
-Closure = Callable[[], Tensor]
 Options = dict[str, Any]
 
 DECAY = 0.01
@@ -20,86 +19,9 @@ SOAP_SIDE, MUON_SIDE = 256, 128  # longest side of a matrix that SOAP and Muon t
 HALF_DECADES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
-class Driver:
-    """One or more optimizers with their schedules, stepped together.
-
-    Args:
-        optimizers: each owns some of the parameters.
-        step: takes the driver, the closure and the loss closure, and makes one step.
-        modes: whether the optimizer wants to be told about evaluation (schedule-free averaging does).
-    """
-
-    def __init__(
-        self, *optimizers: torch.optim.Optimizer, step: Callable[..., None] | None = None, modes: bool = False
-    ):
-        self.optimizers, self.modes = optimizers, modes
-        self._step = step or _plain_step
-        self._schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
-
-    def schedule(self, name: str, total_steps: int) -> None:
-        """Multiply every learning rate by the factors of schedule `name` from now on."""
-        factor = partial(_factor, SCHEDULES[name], total_steps)
-        self._schedulers = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in self.optimizers]
-
-    def step(self, closure: Closure, loss_closure: Closure) -> None:
-        """Make one optimizer step and one step of the schedule."""
-        self._step(self, closure, loss_closure)
-        for scheduler in self._schedulers:
-            scheduler.step()
-
-    def train(self, mode: bool) -> None:
-        """Announce training (or evaluation) to optimizers that keep two sets of weights."""
-        if self.modes:
-            for each in self.optimizers:
-                each.train() if mode else each.eval()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
-        parts = [*self.optimizers, *self._schedulers]
-        return {str(index): part.state_dict() for index, part in enumerate(parts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        for index, part in enumerate([*self.optimizers, *self._schedulers]):
-            part.load_state_dict(state[str(index)])
-
-    def figures(self) -> dict[str, float]:
-        """Return SOAA's own figures, or nothing for other optimizers."""
-        report = getattr(self.optimizers[0], "last_step", None)
-        if report is None:
-            return {}
-        names = ("radius", "checks", "accepted_checks", "skipped_steps", "total_trials", "active_fraction")
-        return {name: float(getattr(report, name)) for name in names}
-
-
-def _factor(schedule: Callable[[int, int], float], total: int, step: int) -> float:
-    return schedule(min(step, total), total)
-
-
-def _plain_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
-    driver.optimizers[0].step(closure)
-
-
-def _joint_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
-    closure()
-    for each in driver.optimizers:
-        each.step()
-
-
-def _clipped_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
-    closure()
-    params = [param for group in driver.optimizers[0].param_groups for param in group["params"]]
-    torch.nn.utils.clip_grad_norm_(params, 1.0)
-    driver.optimizers[0].step()
-
-
-def _checked_step(driver: Driver, closure: Closure, loss_closure: Closure) -> None:
-    driver.optimizers[0].step(closure, loss_closure=loss_closure)
-
-
 def _adamw(model: nn.Module, lr: float, total: int, options: Options, clip: bool = False) -> Driver:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, **{"weight_decay": DECAY, "fused": True, **options})
-    return Driver(optimizer, step=_clipped_step if clip else None)
+    return Driver(optimizer, step=clipped_step if clip else None)
 
 
 def _prodigy(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
@@ -149,7 +71,7 @@ def _muon(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
     if not hidden:
         return Driver(rest)
     fixed = {"weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
-    return Driver(torch.optim.Muon(hidden, lr=lr, **{**fixed, **options}), rest, step=_joint_step)
+    return Driver(torch.optim.Muon(hidden, lr=lr, **{**fixed, **options}), rest, step=joint_step)
 
 
 def _lbfgs(model: nn.Module, lr: float, total: int, options: Options) -> Driver:
@@ -177,7 +99,11 @@ def _soaa(
         "fisher": getattr(package, fisher)(**parts["fisher"]),
     }
     optimizer = package.SOAA(model.parameters(), lr=lr, **parts[""], **rules)
-    return Driver(optimizer, step=_checked_step)
+    return Driver(optimizer, step=checked_step)
+
+
+def _averaged(model: nn.Module, lr: float, total: int, options: Options, build: Callable[..., Driver]) -> Driver:
+    return Averaged(build(model, lr, total, options), model)
 
 
 @dataclass(frozen=True)
@@ -257,6 +183,16 @@ _ALL = [
     _ours("soaa_published", "PublishedRadius"),
     _ours("soaa_published_tuned", "PublishedRadius", reach=1),
     _ours("soaa_fixed", "FixedRadius", reach=1),
+]
+_ALL += [
+    replace(
+        each,
+        name=each.name.replace("unscheduled", "averaged"),
+        build=partial(_averaged, build=each.build),
+        modules=(*each.modules, "averaging"),
+    )
+    for each in _ALL
+    if each.name.endswith("_unscheduled")
 ]
 CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
 

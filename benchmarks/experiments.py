@@ -105,7 +105,10 @@ PARTS = (
 )
 _EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_kronecker", "soaa_published")
 _CORE = ("adamw", OURS)
-_UNSCHEDULED = (f"{OURS}_unscheduled", f"{OURS}_unannealed", "soaa_kronecker_unscheduled", "adamw_unscheduled")
+_UNSCHEDULED = (
+    *(f"{OURS}_unscheduled", f"{OURS}_unannealed", "soaa_kronecker_unscheduled", "adamw_unscheduled"),
+    *(f"{OURS}_averaged", "soaa_kronecker_averaged", "adamw_averaged"),
+)
 EXPERIMENTS: dict[str, Experiment] = {
     each.name: each
     for each in (

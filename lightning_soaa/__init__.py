@@ -1,6 +1,7 @@
 """SOAA: a PyTorch optimizer without a learning rate, and its PyTorch Lightning front door."""
 
 from lightning_soaa.advice import TrustRegionWarning as TrustRegionWarning
+from lightning_soaa.averaging import get_polynomial_avg_fn as get_polynomial_avg_fn
 from lightning_soaa.fisher import DiagonalFisher as DiagonalFisher
 from lightning_soaa.kronecker import KroneckerFisher as KroneckerFisher
 from lightning_soaa.module import SOAAMixin as SOAAMixin

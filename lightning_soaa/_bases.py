@@ -15,7 +15,7 @@ from torch import Tensor
 # What torch.linalg raises where a decomposition fails.
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-# Added to a factor of trace 1: directions without any gradient keep the basis that they have.
+# Share of the identity beside a factor of trace 1: directions without any gradient keep the basis that they have.
 RIDGE = 1e-6
 # Offsets between which the schedule chooses: to look at all would take long where refreshes are rare.
 OFFSETS = 1000
@@ -32,23 +32,24 @@ def rotated_sides(shape: Sequence[int], max_dim: int) -> tuple[int, int]:
     return (rows if 1 < rows <= max_dim else 0), (columns if 1 < columns <= max_dim else 0)
 
 
-def rotate(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``P' X Q`` for each matrix X; where a basis has no entries its side stays as it is."""
-    matrices = torch.bmm(left.mT, matrices) if left.numel() else matrices
-    return torch.bmm(matrices, right) if right.numel() else matrices
+def rotate(matrices: Tensor, left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return ``P' X Q`` for each matrix X, in `out` if given; where a basis has no entries its side stays as it is."""
+    if right.numel():
+        return torch.bmm(torch.bmm(left.mT, matrices) if left.numel() else matrices, right, out=out)
+    if left.numel():
+        return torch.bmm(left.mT, matrices, out=out)
+    return matrices if out is None else out.copy_(matrices)
 
 
-def rotate_back(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def rotate_back(matrices: Tensor, left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return ``P X Q'``, which undoes :func:`rotate`."""
-    return rotate(matrices, left.mT, right.mT)
+    return rotate(matrices, left.mT, right.mT, out=out)
 
 
 def unit_factor(factor: Tensor) -> Tensor:
-    """Return factors with trace 1 and a ridge, so that no product of them is too small for their dtype."""
+    """Return factors with trace 1, so that no product of them is too small for their dtype."""
     trace = factor.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(factor.dtype).tiny)
-    unit = factor / trace[:, None, None]
-    unit.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    return unit
+    return factor / trace[:, None, None]
 
 
 def first_bases(factor: Tensor, basis: Tensor) -> Tensor:
@@ -57,7 +58,9 @@ def first_bases(factor: Tensor, basis: Tensor) -> Tensor:
     Where there are none, since the decomposition fails or is not finite, the basis as it is.
     """
     try:
-        vectors = torch.linalg.eigh(unit_factor(factor))[1].flip(2)
+        unit = unit_factor(factor)
+        unit.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        vectors = torch.linalg.eigh(unit)[1].flip(2)
     except LinAlgError:
         return basis
     return torch.where(finite(vectors), vectors, basis)
@@ -76,7 +79,7 @@ def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Shapes (n, a, a), (n, a) and, bool, (n, 1, 1).
     """
-    turned = torch.bmm(unit_factor(factor), basis)
+    turned = torch.baddbmm(basis, unit_factor(factor), basis, beta=RIDGE)
     order = (basis * turned).sum(1).argsort(dim=1, descending=True, stable=True)
     try:
         new = orthonormal(turned.gather(2, order[:, None, :].expand_as(turned)))
@@ -93,7 +96,7 @@ def orthonormal(matrices: Tensor) -> Tensor:
     Of these some would be subnormal, and a CPU takes several times as long for a product with them.
     """
     basis: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices))
-    return basis.masked_fill_(basis.abs() < torch.finfo(basis.dtype).eps ** 2, 0.0)
+    return torch.nn.functional.hardshrink(basis, torch.finfo(basis.dtype).eps ** 2)
 
 
 def finite(matrices: Tensor) -> Tensor:

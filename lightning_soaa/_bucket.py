@@ -153,12 +153,17 @@ class Bucket:
             for param, *others in pieces(row, most):
                 yield [owner], [param], *others
 
-    def shorten(self, tensors: Sequence[Tensor], owners: Sequence[int], *, last: bool = False) -> None:
-        """Multiply tensors of the given parameters by their portions, or the `last` ones (modified in place)."""
-        if portions := self.last_portions if last else self.portions:
-            for tensor, owner in zip(tensors, owners, strict=True):
-                if portions[owner] != 1:
-                    tensor.mul_(portions[owner])
+    def shorten(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Multiply tensors of the given parameters by their portions (modified in place)."""
+        if not self.portions:
+            return
+        portions = [self.portions[owner] for owner in owners]
+        if self.foreach and len(tensors) > 1:
+            torch._foreach_mul_(list(tensors), portions)
+            return
+        for tensor, portion in zip(tensors, portions, strict=True):
+            if portion != 1:
+                tensor.mul_(portion)
 
     def slopes(self, like_grads: Sequence[Tensor]) -> Tensor:
         """Return the product of tensors like the gradients with these, for each parameter, in the wide dtype.

@@ -4,13 +4,14 @@ All that :mod:`lightning_soaa.kronecker` does element by element is done once fo
 matrices once for a stack.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_soaa._bases import rotate, rotate_back
 from lightning_soaa._bucket import Bucket, block_size, flatten, one_view, stacked_view, unflatten
 from lightning_soaa._estimate import MOMENT, SQUARE
 
@@ -53,11 +54,12 @@ class Frame:
             torch._foreach_copy_(tensors, list(self.state[key].unbind()))
 
 
-def in_bases(bucket: Bucket, flat: Tensor, turned: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Return a flat tensor with each matrix in it turned by its bases: :func:`rotate`, or :func:`rotate_back`."""
-    if len(bucket.frames) == 1:
-        return turned(bucket.frames[0].of(flat), *bucket.frames[0].bases).view(-1)
-    return torch.cat([turned(frame.of(flat), *frame.bases).view(-1) for frame in bucket.frames])
+def in_bases(bucket: Bucket, flat: Tensor, *, back: bool = False) -> Tensor:
+    """Return a flat tensor with each matrix in it turned by its bases, or with `back` out of them."""
+    new = torch.empty_like(flat)
+    for frame in bucket.frames:
+        (rotate_back if back else rotate)(frame.of(flat), *frame.bases, out=frame.of(new))
+    return new
 
 
 def stack(states: Sequence[dict[str, Any]]) -> None:

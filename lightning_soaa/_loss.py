@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_soaa._dist import mean_over_ranks
+from lightning_soaa._dist import mean_over_ranks, world_size
 from lightning_soaa._sums import wide_dtype
 
 # Rounding of a loss is forgiven up to this many units in its last place.
@@ -50,9 +50,11 @@ def evaluated(loss_closure: Callable[[], Any]) -> Tensor:
 
 
 def minimised(loss: Tensor, home: torch.device, *, maximize: bool) -> Tensor:
-    """Return a loss as it is minimised: mean over ranks, negated to maximise, 0-d in the wide dtype on `home`."""
-    loss = loss.to(home, wide_dtype(home))
-    return mean_over_ranks(-loss if maximize else loss)
+    """Return a loss as it is minimised, 0-d on `home`: mean over ranks, negated to maximise."""
+    if maximize or world_size() > 1:
+        loss = loss.to(home, wide_dtype(home))
+        return mean_over_ranks(-loss if maximize else loss)
+    return loss if loss.device == home else loss.to(home)
 
 
 def resolution(params: Sequence[Tensor]) -> float:

@@ -160,14 +160,16 @@ def mark_moved(m: Sequence[Tensor], v: Sequence[Tensor], grads: Sequence[Tensor]
     between steps. It changes v by a rounding.
     """
     for first, second, grad in zip(m, v, grads, strict=True):
-        bits = second.view(BITS[second.dtype])
-        bits.bitwise_and_(-2).bitwise_or_(first * grad > 0)
+        kind = BITS[second.dtype]
+        moved = (first * grad).view(kind).clamp_(0, 1)  # the bits of a positive number make a positive integer
+        second.view(kind).bitwise_and_(-2).bitwise_or_(moved)
 
 
 def drop_unmarked(directions: Sequence[Tensor], v: Sequence[Tensor]) -> None:
     """Set to zero the coordinates that :func:`mark_moved` has not marked as moved (`directions` modified in place)."""
     for direction, second in zip(directions, v, strict=True):
-        direction.mul_(second.view(BITS[second.dtype]).bitwise_and(1))
+        kind = BITS[second.dtype]
+        direction.view(kind).bitwise_and_(second.view(kind).bitwise_and(1).neg_())  # with all bits, or none
 
 
 def advance_fused(

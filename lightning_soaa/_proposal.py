@@ -207,9 +207,9 @@ def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bo
         for part in block.parts() if block.step > 1 else ():
             old = part.but(step=part.step - 1)
             directions = fisher.of(block.group).direction(old, None, None, part.last_bound, unit, marked=masked)
-            part.shorten(part.spread(directions), part.owners, last=True)
             found.append((block.shards, (part.owners, part.slopes(directions))))
-    return by_owner(found, proposal.count, proposal.home)
+    slopes, portions = by_owner(found, proposal.count, proposal.home), proposal.buckets[0].last_portions
+    return slopes * torch.tensor(portions, dtype=slopes.dtype, device=slopes.device) if portions else slopes
 
 
 def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """What :class:`~lightning_soaa.SOAA` keeps: names of its state, options of groups, the copy a check restores."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import inf, isfinite
 from typing import Any
 
@@ -172,8 +172,14 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def numbers_of(head: Mapping[str, Any]) -> Numbers:
     """Return the radius rule's running numbers from group 0."""
-    own = {name.removeprefix(RULE): value for name, value in head.items() if name.startswith(RULE)}
-    return {**{name: head[name] for name in RADII if name in head}, **own}
+    return {name: head[key] for name, key in _rule_keys(tuple(head))}
+
+
+@lru_cache(maxsize=64)
+def _rule_keys(head: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return the rule's own names, and the keys they have in a group with the given keys."""
+    own = [(key.removeprefix(RULE), key) for key in head if key.startswith(RULE)]
+    return [*((name, name) for name in RADII if name in head), *own]
 
 
 def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:

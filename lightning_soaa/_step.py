@@ -156,9 +156,9 @@ class Stepper:
     def plain(self, entries: list[Entry], base: Tensor | None, numbers: Numbers) -> Outcome:
         """Take a step without a trial. Reads nothing on the host unless the rule needs the loss."""
         proposal = self._propose(entries, base, check=False)
-        evidence = Evidence(base=0.0, predicted=0.0, beta1=self.defaults["betas"][0], eps=self.defaults["eps"])
+        (beta1, _), eps = self.defaults["betas"], self.defaults["eps"]
         try:
-            numbers, known = follow(proposal, self.rule, numbers, walk=self._walk, evidence=evidence)
+            numbers, known = follow(proposal, self.rule, numbers, walk=self._walk, beta1=beta1, eps=eps)
         except BaseException:
             if not proposal.absorbed:
                 self._uncount(entries)

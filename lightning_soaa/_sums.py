@@ -25,8 +25,15 @@ def square_sum(tensors: Sequence[Tensor], *, foreach: bool) -> Tensor:
         parts = torch._foreach_norm(list(tensors), 2, dtype)
     else:
         parts = tuple(torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors)
-    norms = stacked(parts).to(wide_dtype(tensors[0].device))
-    return (norms * norms).sum()
+    return summed_squares(parts)
+
+
+def summed_squares(norms: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """Return the sum of squares of 0-d tensors, each times `scale`, 0-d in the wide dtype."""
+    wide = stacked(norms).to(wide_dtype(norms[0].device))
+    if scale != 1:
+        wide = wide * scale
+    return (wide * wide).sum() if wide.ndim else wide * wide
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

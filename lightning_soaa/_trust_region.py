@@ -30,11 +30,12 @@ def judge(rule: AbstractRadius, numbers: Numbers, evidence: Evidence) -> Decisio
 
 
 def follow(
-    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, walk: Walk, evidence: Evidence
+    proposal: Proposal, rule: AbstractRadius, numbers: Numbers, *, walk: Walk, beta1: float, eps: float
 ) -> tuple[Numbers, Known]:
     """Take a step without a trial. Reads nothing on the host unless the rule needs the loss.
 
-    The rule decides before anything moves, so that an exception in it leaves the parameters where they are.
+    The rule decides before anything moves, so that an exception in it leaves the parameters where they are. It is told
+    the `beta1` and `eps` of the optimizer's defaults.
 
     Returns:
         The rule's new numbers, and what is known of the step for its report.
@@ -46,7 +47,7 @@ def follow(
         base, promised, ok = read([proposal.base, predicted, proposal.ok], proposal.home)
         known |= {"skipped": not ok, "accepted": bool(ok)}
         if ok:
-            decision = judge(rule, numbers, replace(evidence, base=base, predicted=promised))
+            decision = judge(rule, numbers, Evidence(base=base, predicted=promised, beta1=beta1, eps=eps))
             numbers, known["reductions"] = decision.numbers, decision.reductions
     walk(proposal, radius)
     return numbers, known

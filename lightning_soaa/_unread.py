@@ -4,7 +4,7 @@ On the CPU these are numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isnan
 from typing import Any
 
@@ -47,11 +47,10 @@ class Unread:
         """Return what is unread after a step of `params` that the host did not look at."""
         ok, outlier = (x.to(torch.int64) if isinstance(x, Tensor) else int(x) for x in (proposal.ok, proposal.outlier))
         skipped = 1 - ok - outlier
-        return replace(
-            self.beside(proposal, params),
-            skipped=skipped if self.skipped is None else self.skipped + skipped,
-            outliers=outlier if self.outliers is None else self.outliers + outlier,
-        )
+        skipped = skipped if self.skipped is None else self.skipped + skipped
+        outlier = outlier if self.outliers is None else self.outliers + outlier
+        beside = self.beside(proposal, params)
+        return Unread(skipped, outlier, beside.left_over, beside.params, beside.gate)
 
     def beside(self, proposal: Proposal, params: Sequence[Tensor]) -> "Unread":
         """Return what is unread beside the outcome of a step of `params` that the host looks at."""

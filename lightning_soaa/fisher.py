@@ -27,7 +27,7 @@ from lightning_soaa._moments import (
     update_moments,
     update_moments_foreach,
 )
-from lightning_soaa._sums import dots, on_host, square_sum, stacked, wide_dtype
+from lightning_soaa._sums import dots, on_host, square_sum, stacked, summed_squares, wide_dtype
 
 
 def box(bucket: Bucket, scale: Tensor | None, ok: Tensor | None, radius: float, unit: Unit) -> list[Tensor]:
@@ -155,7 +155,7 @@ class DiagonalFisher(AbstractFisher):
         keep = torch.tensor(1 - pace.decay, dtype=wide) if pace.decay else None
         longest = min(block_size(bucket.device), max(first.numel() for first in m))
         room = torch.empty((2 if pace.keeps else 4, longest), dtype=m[0].dtype).unbind()
-        age, norms, slopes = torch.tensor(float(bucket.step), dtype=torch.float32), [], list[Slopes]()
+        age, norms, slopes = torch.full((), float(bucket.step), dtype=torch.float32), [], list[Slopes]()
         for owners, params, grad, first, second in bucket.rows((MOMENT, SQUARE)):
             u, product, *copies = room if grad.numel() == longest else [tensor[: grad.numel()] for tensor in room]
             if not pace.keeps:
@@ -171,8 +171,7 @@ class DiagonalFisher(AbstractFisher):
                 parts = [part.sum() for part in (unflatten(products, params) if bucket.flat else [products])]
                 slopes.append((owners, torch.stack(parts).to(wide) * pace.lr))
             move(params, spread, lr=pace.lr, keep=keep, foreach=True)
-        scale = stacked(norms).to(wide) * pace.lr
-        return (scale * scale).sum(), slopes
+        return summed_squares(norms, pace.lr), slopes
 
     @staticmethod
     def _stride_compiled(bucket: Bucket, ok: Tensor | None, pace: Pace, numbers: dict[str, float]) -> Tensor:

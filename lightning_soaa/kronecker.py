@@ -16,7 +16,7 @@ Parameters of one shape are worked on as one stack, see :mod:`lightning_soaa._fr
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -29,14 +29,13 @@ from lightning_soaa._bases import (
     offsets,
     refreshed,
     rotate,
-    rotate_back,
     rotated_sides,
     turn_moments,
 )
-from lightning_soaa._bucket import Bucket, divide
+from lightning_soaa._bucket import Bucket, Pace, divide
 from lightning_soaa._checks import check_between, check_count, refuse_sharded
 from lightning_soaa._dist import is_sharded
-from lightning_soaa._estimate import MOMENT, SQUARE, AbstractFisher, Unit
+from lightning_soaa._estimate import MOMENT, SQUARE, AbstractFisher, Slopes, Unit
 from lightning_soaa._frames import AGE, SIDES, Frame, framed, in_bases, parts, some_of, sorted_by_shape, stack
 from lightning_soaa._moments import drop_disagreement, drop_unmarked
 from lightning_soaa._sums import dots, gated
@@ -170,8 +169,18 @@ class KroneckerFisher(AbstractFisher):
         if not bucket.frames:
             return bucket
         if not bucket.rotated:
-            bucket.rotated.append(in_bases(bucket, bucket.grads[0], rotate))
-        return replace(bucket, grads=bucket.rotated)
+            bucket.rotated.append(in_bases(bucket, bucket.grads[0]))
+        return bucket.but(grads=bucket.rotated)
+
+    def strides(self, bucket: Bucket, unit: Unit, pace: Pace) -> bool:
+        """Return whether :meth:`stride` takes such a step, DiagonalFisher's; a subclass may do other things on the way."""
+        return type(self) is KroneckerFisher and not bucket.frames and DIAGONAL.strides(bucket, unit, pace)
+
+    def stride(
+        self, bucket: Bucket, ok: Tensor | None, radius: float, unit: Unit, pace: Pace
+    ) -> tuple[Tensor, list[Slopes]]:
+        """Do as DiagonalFisher does with what is not rotated."""
+        return DIAGONAL.stride(bucket, ok, radius, unit, pace)
 
     @without_autocast
     def turn(self, bucket: Bucket, ok: Tensor | None) -> None:
@@ -191,16 +200,17 @@ class KroneckerFisher(AbstractFisher):
 
     def _absorb(self, frame: Frame, grads: Tensor, ok: Tensor | None, *, first: bool) -> None:
         """Let the factors absorb gradients, zero where not `ok`, and age the bases."""
-        for side, (key, _) in enumerate(SIDES):
-            factor = frame.state[key]
-            if factor.numel():
-                frame.state[AGE][:, side].add_(gated(ok, 1.0, 0.0))
-                rows = grads if side == 0 else grads.mT
-                keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
-                if ok is not None:
-                    factor.mul_(gated(ok, keep, 1.0))
-                    keep = 1.0
-                factor.baddbmm_(rows, rows.mT, beta=keep, alpha=add)
+        factors = [frame.state[key] for key, _ in SIDES]
+        sides = [side for side, factor in enumerate(factors) if factor.numel()]
+        ages = frame.state[AGE]
+        (ages if len(sides) > 1 else ages[:, sides[0]]).add_(gated(ok, 1.0, 0.0))
+        for side in sides:
+            rows = grads if side == 0 else grads.mT
+            keep, add = (0.0, 1.0) if first else (self.decay, 1 - self.decay)
+            if ok is not None:
+                factors[side].mul_(gated(ok, keep, 1.0))
+                keep = 1.0
+            factors[side].baddbmm_(rows, rows.mT, beta=keep, alpha=add)
 
     def _begin(self, bucket: Bucket, frame: Frame, grads: Tensor, ok: Tensor | None) -> None:
         """Make the bases of a stack whose factors hold their first gradient, and set the moments anew in them."""
@@ -275,13 +285,13 @@ class KroneckerFisher(AbstractFisher):
             return directions
         if bucket.step == 1:
             return [direction.zero_() for direction in directions]
-        return [in_bases(bucket, u.clamp_(-radius, radius), rotate_back) for u in directions]
+        return [in_bases(bucket, u.clamp_(-radius, radius), back=True) for u in directions]
 
     @without_autocast
     def model_reduction(self, bucket: Bucket, directions: Sequence[Tensor]) -> Tensor:
         """Return ``sum(mh u) - 1/2 sum(vh u^2)`` over the bucket in the bases, 0-d."""
         if bucket.frames:
-            directions = [in_bases(bucket, u, rotate) for u in directions]
+            directions = [in_bases(bucket, u) for u in directions]
         linear = dots(bucket.state[MOMENT], directions) / bucket.correction1
         return linear - dots(bucket.state[SQUARE], [u * u for u in directions]) / bucket.correction2 / 2
 

@@ -160,7 +160,7 @@ class RatioRadius(AbstractRadius):
         """Return radius, phase, scale and steady count after an accepted check."""
         excess, schedule = 1 - self.target, evidence.schedule
         eaten, fresh = _eaten_and_fresh(new)
-        unknown = abs(evidence.predicted) <= evidence.noise
+        unknown = lost_in_noise(evidence)
         long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess and not unknown
         short = eaten < excess * min(1.0, max(LATE, schedule))
         radius, phase, steady = new["radius"], int(new["phase"]), new["steady"]
@@ -196,7 +196,7 @@ def _eaten_and_fresh(numbers: Mapping[str, float]) -> tuple[float, float]:
 
 def _anneal(new: Numbers, evidence: Evidence, *, low: float) -> Numbers:
     """Return what is left of the prior after an accepted check, and the radius that takes its loss along."""
-    if abs(evidence.predicted) <= evidence.noise:
+    if lost_in_noise(evidence):
         return {}
     eaten, fresh = _eaten_and_fresh(new)
     left = max(-1.0, min(1.0, fresh + max(0.0, 2 * eaten - 1))) * new["fresh_weight"]
@@ -214,12 +214,17 @@ def gained(evidence: Evidence) -> float:
     return evidence.base - evidence.trial if evidence.trial is not None and isfinite(evidence.trial) else -inf
 
 
+def lost_in_noise(evidence: Evidence) -> bool:
+    """Return whether the predicted reduction is no larger than what two evaluations of one loss may differ by."""
+    return abs(evidence.predicted) <= evidence.noise
+
+
 def eaten_share(evidence: Evidence) -> float | None:
     """Return the share of the predicted reduction that curvature ate, ``1 - rho``, clipped to [0, 2].
 
-    None where the prediction is below `noise`: nothing is known of it then.
+    None where the prediction is lost in noise: nothing is known of it then.
     """
-    if abs(evidence.predicted) <= evidence.noise:
+    if lost_in_noise(evidence):
         return None
     return min(2.0, max(0.0, (evidence.predicted - gained(evidence)) / abs(evidence.predicted)))
 

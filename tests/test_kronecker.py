@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius, KroneckerFisher, PublishedRadius, RatioRadius
 from lightning_soaa._bases import (
+    RIDGE,
     due,
     first_bases,
     offsets,
@@ -238,7 +239,7 @@ def test_bases_do_not_depend_on_the_unit_of_the_gradient(scale):
 def test_bases_hold_nothing_so_small_that_products_with_it_are_slow():
     factor = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))[None]
     factor[0, 0, 1:] = factor[0, 1:, 0] = torch.tensor([1e-20, 1e-12, 1e-3])
-    raw = torch.linalg.qr(unit_factor(factor))[0]
+    raw = torch.linalg.qr(unit_factor(factor) + RIDGE * torch.eye(4))[0]
     new = refreshed(factor, torch.eye(4)[None])[0]
     assert ((raw != 0) & (raw.abs() < 1e-14)).any()
     assert torch.equal(new, torch.where(raw.abs() < 1e-14, 0.0, raw))

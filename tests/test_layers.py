@@ -23,7 +23,7 @@ LAYERS = {
     "_estimate": ({"_bucket"}, TORCH),
     "fisher": ({"_bucket", "_estimate", "_moments", "_sums"}, TORCH),
     "_bases": (set(), TORCH),
-    "_frames": ({"_bucket", "_estimate"}, TORCH),
+    "_frames": ({"_bases", "_bucket", "_estimate"}, TORCH),
     "kronecker": (
         {"_bases", "_bucket", "_checks", "_dist", "_estimate", "_frames", "_moments", "_sums", "fisher"},
         TORCH,
@@ -57,6 +57,7 @@ LAYERS = {
         },
         TORCH,
     ),
+    "averaging": ({"_checks"}, TORCH),
     "_holdings": ({"_dist", "_flat"}, FRONT),
     "trial": ({"_checks", "_dist", "_flat", "_holdings"}, FRONT),
     "_compat": ({"_checks"}, FRONT),
@@ -90,7 +91,18 @@ LAYERS = {
     "report_callback": ({"_checks", "_compat", "_rows", "_runs", "run_report", "monitor"}, FRONT),
     "__init__": (
         {
-            *("advice", "fisher", "kronecker", "radius", "ratio", "report", "optimizer", "module", "monitor"),
+            *(
+                "advice",
+                "averaging",
+                "fisher",
+                "kronecker",
+                "radius",
+                "ratio",
+                "report",
+                "optimizer",
+                "module",
+                "monitor",
+            ),
             "report_callback",
         },
         set(),

@@ -20,6 +20,8 @@ from lightning.pytorch.tuner.tuning import Tuner
 from lightning_models import Net, loader, make_trainer, seed, train
 from torch.optim import lr_scheduler as schedulers
 
+from lightning_soaa import get_polynomial_avg_fn
+
 SAME, REFUSED = "bit for bit", "refused"
 
 
@@ -377,6 +379,8 @@ CALLBACKS = [
         needs="EMAWeightAveraging"),
     Row("`EMAWeightAveraging`, accumulating", calling(
         lambda: callbacks.EMAWeightAveraging(), accumulate_grad_batches=3), needs="EMAWeightAveraging"),
+    Row("`WeightAveraging(avg_fn=get_polynomial_avg_fn())`", calling(
+        lambda: callbacks.WeightAveraging(avg_fn=get_polynomial_avg_fn()), validate=True), needs="WeightAveraging"),
     Row("`LearningRateMonitor`, momentum and decay", calling(
         lambda: callbacks.LearningRateMonitor("step", log_momentum=True, log_weight_decay=True),
         callbacks.LearningRateMonitor)),
