@@ -173,7 +173,7 @@ class KroneckerFisher(AbstractFisher):
         return bucket.but(grads=bucket.rotated)
 
     def strides(self, bucket: Bucket, unit: Unit, pace: Pace) -> bool:
-        """Return whether :meth:`stride` takes such a step, DiagonalFisher's; a subclass may do other things on the way."""
+        """Return whether :meth:`stride` takes such a step, as DiagonalFisher's does; a subclass may do other things."""
         return type(self) is KroneckerFisher and not bucket.frames and DIAGONAL.strides(bucket, unit, pace)
 
     def stride(
