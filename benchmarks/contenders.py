@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.drivers import Averaged, Driver, checked_step, clipped_step, joint_step
-from benchmarks.fingerprint import package_versions, soaa_hash
+from benchmarks.fingerprint import module_hash, package_versions, soaa_hash
 
 Options = dict[str, Any]
 
@@ -120,7 +120,7 @@ class Contender:
         refine: whether rates between the best and its neighbours are tried too.
         reschedule: whether other schedules make sense for it.
         revision: raised when the code here changes what it does.
-        modules: modules of SOAA that only this one uses.
+        modules: modules of lightning_soaa that only this one uses.
     """
 
     name: str
@@ -223,10 +223,10 @@ def _value(text: str) -> Any:
 
 
 def contender_version(text: str) -> str:
-    """Return what identifies the code behind a contender: a package version, or a hash of SOAA's sources."""
+    """Return what identifies the code behind a contender: a package version, or a hash of sources."""
     contender, _ = parse(text)
     if contender.package == "lightning_soaa":
         return f"{soaa_hash(*contender.modules)}.{contender.revision}"
     if contender.package == "torch" or contender.package.startswith("plugin"):
-        return f"{contender.package}.{contender.revision}"
+        return ".".join([contender.package, str(contender.revision), *map(module_hash, contender.modules)])
     return f"{package_versions((contender.package,))[contender.package]}.{contender.revision}"

@@ -32,6 +32,11 @@ def short(text: str, digits: int = 8) -> str:
     return sha1(text.encode()).hexdigest()[:digits]
 
 
+def module_hash(name: str) -> str:
+    """Return the hash of one module of lightning_soaa."""
+    return source_hash(ROOT / "lightning_soaa" / f"{name}.py")
+
+
 @cache
 def soaa_hash(*others: str) -> str:
     """Return the hash of the files that decide where SOAA steps: optimizer, rules and the modules they import.

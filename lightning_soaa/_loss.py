@@ -50,11 +50,14 @@ def evaluated(loss_closure: Callable[[], Any]) -> Tensor:
 
 
 def minimised(loss: Tensor, home: torch.device, *, maximize: bool) -> Tensor:
-    """Return a loss as it is minimised, 0-d on `home`: mean over ranks, negated to maximise."""
-    if maximize or world_size() > 1:
-        loss = loss.to(home, wide_dtype(home))
-        return mean_over_ranks(-loss if maximize else loss)
-    return loss if loss.device == home else loss.to(home)
+    """Return a loss as it is minimised, 0-d on `home`: mean over ranks, negated to maximise.
+
+    Itself where that is all to be done, else in the wide dtype.
+    """
+    if not maximize and world_size() == 1 and loss.device == home:
+        return loss
+    loss = loss.to(home, wide_dtype(home))
+    return mean_over_ranks(-loss if maximize else loss)
 
 
 def resolution(params: Sequence[Tensor]) -> float:

@@ -209,7 +209,9 @@ def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bo
             directions = fisher.of(block.group).direction(old, None, None, part.last_bound, unit, marked=masked)
             found.append((block.shards, (part.owners, part.slopes(directions))))
     slopes, portions = by_owner(found, proposal.count, proposal.home), proposal.buckets[0].last_portions
-    return slopes * torch.tensor(portions, dtype=slopes.dtype, device=slopes.device) if portions else slopes
+    if not portions:
+        return slopes
+    return slopes * torch.tensor(portions, dtype=slopes.dtype).to(slopes.device, non_blocking=True)
 
 
 def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.device) -> Tensor:
@@ -223,7 +225,7 @@ def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.dev
     sums = torch.zeros(count, dtype=wide_dtype(home), device=home)
     for kind in dict.fromkeys(shards for shards, _ in found):
         here = [slopes for shards, slopes in found if shards == kind]
-        places = torch.tensor([owner for owners, _ in here for owner in owners], device=home)
+        places = torch.tensor([owner for owners, _ in here for owner in owners]).to(home, non_blocking=True)
         values = torch.cat([figures.to(home) for _, figures in here])
         sums += over_shards(torch.zeros_like(sums).index_add_(0, places, values), kind)
     return sums

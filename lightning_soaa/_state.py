@@ -176,10 +176,10 @@ def numbers_of(head: Mapping[str, Any]) -> Numbers:
 
 
 @lru_cache(maxsize=64)
-def _rule_keys(head: tuple[str, ...]) -> list[tuple[str, str]]:
+def _rule_keys(head: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the rule's own names, and the keys they have in a group with the given keys."""
     own = [(key.removeprefix(RULE), key) for key in head if key.startswith(RULE)]
-    return [*((name, name) for name in RADII if name in head), *own]
+    return (*((name, name) for name in RADII if name in head), *own)
 
 
 def store_numbers(head: dict[str, Any], numbers: Mapping[str, float]) -> None:

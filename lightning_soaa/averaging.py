@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lightning_soaa._checks import check_nonnegative
@@ -19,12 +20,12 @@ def get_polynomial_avg_fn(eta: float = 8.0) -> AvgFn:
 
         a_t <- (1 - (eta + 1) / (t + eta)) a_(t-1) + (eta + 1) / (t + eta) w_t
 
-    on which weights count as ``t^eta``: most of it are the last ``1 / (eta + 1)`` of the steps. An exponential average
-    has a memory of as many steps at the start of a run as at its end, and its decay wants to be chosen for the length.
+    in which those of step t count as about ``t^eta``: two thirds of it are the last ``1 / (eta + 1)`` of the steps. An
+    exponential average remembers as many steps at the start of a run as at its end; its decay has to fit the length.
 
-    For Lightning's ``WeightAveraging(avg_fn=...)``, with which validation, test and checkpoints see the averaged
-    weights while training goes on with its own, and for ``torch.optim.swa_utils.AveragedModel(avg_fn=...)`` in a plain
-    loop. Its arguments are an average, the weights now and the number of weights averaged so far.
+    For Lightning's ``WeightAveraging(avg_fn=...)``, with which validation sees the averaged weights while training goes
+    on with its own, and for ``torch.optim.swa_utils.AveragedModel(avg_fn=...)`` in a plain loop. Its arguments are an
+    average, the weights now and the number of weights averaged so far. Buffers of integers or bools are not averaged.
 
     Args:
         eta: how fast the past is forgotten, >= 0 (default: 8); 0 is the plain mean of all steps.
@@ -50,7 +51,7 @@ def get_polynomial_avg_fn(eta: float = 8.0) -> AvgFn:
 
 
 def polynomial_average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int, *, eta: float) -> Tensor:
-    """Return the average with one more tensor in it, see :func:`get_polynomial_avg_fn`.
+    """Return the average with one more tensor in it, see :func:`get_polynomial_avg_fn`; integers and bools as they are.
 
     Args:
         averaged: the average so far, of any shape.
@@ -58,4 +59,7 @@ def polynomial_average(averaged: Tensor, current: Tensor, num_averaged: Tensor |
         num_averaged: how many there are in it so far, a number or 0-d.
         eta: how fast the past is forgotten.
     """
-    return averaged + (current - averaged) * (eta + 1) / (num_averaged + 1 + eta)
+    if not (averaged.is_floating_point() or averaged.is_complex()):
+        return current
+    new = averaged + (current - averaged) * (eta + 1) / (num_averaged + 1 + eta)
+    return torch.where(current == averaged, averaged, new)  # infinities, of which a mask is made, stay

@@ -16,6 +16,7 @@ from benchmarks import char_gpt, plugins, tables
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, parse
 from benchmarks.data import batches
+from benchmarks.drivers import Averaged, Driver
 from benchmarks.experiments import EXPERIMENTS, Experiment
 from benchmarks.fingerprint import soaa_hash, source_hash
 from benchmarks.grid import Grid
@@ -30,6 +31,7 @@ from benchmarks.summary import Cell, budget_ratio, geometric_mean, passes, plann
 from benchmarks.tables import _recovery, regret_grids
 from benchmarks.tasks import ALL, get_task
 from benchmarks.train import execute
+from lightning_soaa import get_polynomial_avg_fn
 
 PLAN = Plan(("digits_mlp",), ("adamw",), seeds=2, step_factor=0.02)
 SPEC = spec_of(PLAN, "digits_mlp", "adamw", 1e-2, 0)
@@ -183,6 +185,41 @@ def test_restart_from_a_checkpoint_ends_with_the_same_bits():
     for name in ("adamw", "soaa_fixed"):
         spec = replace(SPEC, contender=name)
         assert execute(replace(spec, restart=True))["fingerprint"] == execute(spec)["fingerprint"]
+
+
+def test_restart_from_a_checkpoint_goes_on_with_the_average():
+    spec = replace(SPEC, contender="adamw_averaged", schedule="constant")
+    restarted, whole = (execute(replace(spec, restart=restart)) for restart in (True, False))
+    assert [row[1] for row in restarted["evaluations"]] == [row[1] for row in whole["evaluations"]]
+
+
+def test_an_averaged_driver_shows_the_average_to_evaluations_and_trains_its_own_weights():
+    model, alone = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    alone.load_state_dict(model.state_dict())
+    drivers = {net: Driver(torch.optim.SGD(net.parameters(), lr=0.1)) for net in (model, alone)}
+    drivers[model] = Averaged(drivers[model], model)
+    path, shown = [], []
+    for step in range(5):
+        for net, driver in drivers.items():
+
+            def closure(net=net, scale=step + 1.0):
+                net.zero_grad()
+                loss = net(torch.full((1, 2), scale)).square().sum()
+                loss.backward()
+                return loss
+
+            driver.step(closure, closure)
+        path.append(alone.weight.detach().clone())
+        drivers[model].train(False)
+        shown.append(model.weight.detach().clone())
+        drivers[model].train(True)
+        assert torch.equal(model.weight, alone.weight)
+    form, average = get_polynomial_avg_fn(), path[0]
+    for count, weight in enumerate(path[1:], start=1):
+        average = form(average, weight, count)
+    assert torch.equal(shown[0], path[0])
+    torch.testing.assert_close(shown[-1], average)
+    assert not torch.allclose(shown[-1], path[-1])
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
