@@ -47,7 +47,7 @@ SEEDS, HELD_OUT = 3, 360
 WORK = {
     "AdamW's kernel": {"fused_adamw"},
     "averages, moves": {"add", "lerp", "addcmul", "addcdiv"},
-    "products, mask": {"mul", "threshold_backward", "maximum"},
+    "products, mask": {"mul", "threshold_backward", "maximum", "bitwise_and", "bitwise_or", "clamp", "neg"},
     "roots, quotients": {"sqrt", "div"},
     "norms, sums": {"linalg_vector_norm", "norm", "sum"},
     "copies, zeros": {"copy", "clone", "zero", "zeros_like", "fill"},
