@@ -105,7 +105,7 @@ def wandb_rows(logger, path):
 
 
 def wandb_records(content):
-    """Yield the records of an offline run: a log in blocks of 32 KiB whose parts say whether more of them follow."""
+    """Yield the whole records of an offline run: a log in blocks of 32 KiB whose parts say whether more follow."""
     from wandb.proto import wandb_internal_pb2
 
     place, data = 7, b""
@@ -114,6 +114,8 @@ def wandb_records(content):
             place += 32768 - place % 32768
             continue
         _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        if place + 7 + length > len(content):
+            return  # still being written
         data, place = data + content[place + 7 : place + 7 + length], place + 7 + length
         if kind in {1, 4}:  # whole, or the last part
             yield wandb_internal_pb2.Record.FromString(data)
