@@ -32,9 +32,13 @@ def short(text: str, digits: int = 8) -> str:
     return sha1(text.encode()).hexdigest()[:digits]
 
 
-def module_hash(name: str) -> str:
-    """Return the hash of one module of lightning_soaa."""
-    return source_hash(ROOT / "lightning_soaa" / f"{name}.py")
+def _module(name: str) -> Path:
+    return ROOT / "lightning_soaa" / f"{name}.py"
+
+
+def module_hash(*names: str) -> str:
+    """Return the hash of modules of lightning_soaa."""
+    return source_hash(*map(_module, names))
 
 
 @cache
@@ -48,14 +52,14 @@ def soaa_hash(*others: str) -> str:
     waiting = ["optimizer", "radius", "ratio", "fisher", *others]
     while waiting:
         name = waiting.pop()
-        path = ROOT / "lightning_soaa" / f"{name}.py"
+        path = _module(name)
         if name in found or name == "report" or not path.exists():
             continue
         found.add(name)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_soaa."):
                 waiting.append(str(node.module).split(".")[1])
-    return source_hash(*(ROOT / "lightning_soaa" / f"{name}.py" for name in sorted(found)))
+    return module_hash(*sorted(found))
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 pytest.importorskip("sklearn")
 
@@ -198,7 +199,7 @@ def test_an_averaged_driver_shows_the_average_to_evaluations_and_trains_its_own_
     alone.load_state_dict(model.state_dict())
     drivers = {net: Driver(torch.optim.SGD(net.parameters(), lr=0.1)) for net in (model, alone)}
     drivers[model] = Averaged(drivers[model], model)
-    path, shown = [], []
+    average, path, shown = AveragedModel(alone, avg_fn=get_polynomial_avg_fn()), [], []
     for step in range(5):
         for net, driver in drivers.items():
 
@@ -209,16 +210,14 @@ def test_an_averaged_driver_shows_the_average_to_evaluations_and_trains_its_own_
                 return loss
 
             driver.step(closure, closure)
+        average.update_parameters(alone)
         path.append(alone.weight.detach().clone())
         drivers[model].train(False)
         shown.append(model.weight.detach().clone())
         drivers[model].train(True)
         assert torch.equal(model.weight, alone.weight)
-    form, average = get_polynomial_avg_fn(), path[0]
-    for count, weight in enumerate(path[1:], start=1):
-        average = form(average, weight, count)
     assert torch.equal(shown[0], path[0])
-    torch.testing.assert_close(shown[-1], average)
+    assert torch.equal(shown[-1], average.module.weight)
     assert not torch.allclose(shown[-1], path[-1])
 
 

@@ -91,19 +91,8 @@ LAYERS = {
     "report_callback": ({"_checks", "_compat", "_rows", "_runs", "run_report", "monitor"}, FRONT),
     "__init__": (
         {
-            *(
-                "advice",
-                "averaging",
-                "fisher",
-                "kronecker",
-                "radius",
-                "ratio",
-                "report",
-                "optimizer",
-                "module",
-                "monitor",
-            ),
-            "report_callback",
+            *("advice", "averaging", "fisher", "kronecker", "radius", "ratio", "report", "optimizer", "module"),
+            *("monitor", "report_callback"),
         },
         set(),
     ),
