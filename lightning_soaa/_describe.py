@@ -7,9 +7,10 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from lightning_soaa._bucket import Bucket, runs
+from lightning_soaa._bucket import Bucket
 from lightning_soaa._dist import over_shards
 from lightning_soaa._estimate import Fishers
+from lightning_soaa._memory import runs
 from lightning_soaa._proposal import Proposal, fisher_scale
 from lightning_soaa._sums import on_host, read
 

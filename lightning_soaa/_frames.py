@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_soaa._bases import rotate, rotate_back
-from lightning_soaa._bucket import Bucket, block_size, flatten, one_view, stacked_view, unflatten
+from lightning_soaa._bucket import Bucket, block_size
 from lightning_soaa._estimate import MOMENT, SQUARE
+from lightning_soaa._memory import flatten, one_view, stacked_view, unflatten
 
 LEFT, RIGHT, LEFT_BASIS, RIGHT_BASIS = "left", "right", "left_basis", "right_basis"
 SIDES = ((LEFT, LEFT_BASIS), (RIGHT, RIGHT_BASIS))

@@ -180,18 +180,14 @@ def gather(
     groups: Sequence[Mapping[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     parts: Parts,
-    *,
-    checked: bool = False,
 ) -> list[Bucket]:
     """Sort parameters into buckets, with gradients as real tensors of the state's dtype, negated to maximise.
 
-    The age of each parameter counts the gradient from here on (`state` is modified in place). With `checked` they know
-    the portions of the last step, which was a check.
+    The age of each parameter counts the gradient from here on (`state` is modified in place).
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     states: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    params = [param for _, param in entries]
-    portions, last = portions_of(params, state), portions_of(params, state, last=True) if checked else []
+    portions = portions_of([param for _, param in entries], state)
     for owner, (index, param) in enumerate(entries):
         grad = param.grad
         if grad is None:
@@ -205,7 +201,7 @@ def gather(
         bucket = buckets.get(key)
         if bucket is None:
             bucket, states[key] = _empty(index, group, param.device, kept[STEP], shards), []
-            bucket.portions, bucket.last_portions = portions, last
+            bucket.portions = portions
             buckets[key] = bucket
         real, wanted = param, state_dtype(dtype)
         if not plain or grad.dtype != wanted or grad.is_neg():

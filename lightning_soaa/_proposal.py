@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._dist import Shards, over_shards
 from lightning_soaa._estimate import Fishers, Slopes, Unit
-from lightning_soaa._sums import allowed, on_host, square_sum, total, wide_dtype
+from lightning_soaa._sums import allowed, on_host, sent, square_sum, total, wide_dtype
 from lightning_soaa.gate import Gate, pass_gate, pass_gate_on_host
 
 # eps is a multiple of the gradients' root mean square, but of no less than this: in float32 it must not vanish.
@@ -104,6 +104,7 @@ def propose(
     unit: float | None = None,
     check: bool = False,
     left: Tensor | None = None,
+    last_portions: Sequence[float] = (),
     compiled: bool = False,
 ) -> Proposal:
     """Look at all gradients: are they and the loss finite, and not far out, and what is the step to be measured in?
@@ -122,6 +123,7 @@ def propose(
         unit: root mean square of the gradients at the last check, None if it is not known.
         check: find it anew.
         left: share of the gradients that clipping left, 0-d; None for all.
+        last_portions: what the last step of each parameter was multiplied by besides; empty where all are 1.
         compiled: the compiled step is asked for, which forms nothing on the way; slopes and checks do without it.
     """
     blocks = [block for b in buckets for block in fisher.of(b.group).blocks(b, whole=compiled or on_host(b.device))]
@@ -130,7 +132,7 @@ def propose(
     ok, outlier, gate = (admit_on_host if on_host(square.device) else admit)(square, base, gate)
     proposal = Proposal(buckets, blocks, base, ok, outlier, gate, None, None, left=left)
     if slope:
-        found = fresh_slopes(proposal, fisher, unit or SMALLEST_UNIT, masked=cautious)
+        found = fresh_slopes(proposal, fisher, unit or SMALLEST_UNIT, last_portions, masked=cautious)
         found, allows = found if left is None else found / left, allowed(ok, square.device)
         found = found if allows is None else torch.where(allows, found, nan)
         proposal.left_over = found.tolist() if on_host(found.device) else found
@@ -191,7 +193,9 @@ def admit_on_host(square: Tensor, base: Tensor | None, gate: Gate | None) -> tup
     return ok and not outlier, outlier, gate
 
 
-def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bool) -> Tensor:
+def fresh_slopes(
+    proposal: Proposal, fisher: Fishers, unit: float, portions: Sequence[float], *, masked: bool
+) -> Tensor:
     """Return ``-(g . s)`` of gradients not yet absorbed and the step s of the last check, for each parameter.
 
     The step is made anew from the moments, which have not moved since; nan for parameters that it did not move.
@@ -200,6 +204,7 @@ def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bo
         proposal: its blocks.
         fisher: knows the directions.
         unit: what eps was a multiple of.
+        portions: what the step of each parameter was multiplied by besides; empty where all are 1.
         masked: coordinates were left out, which :meth:`AbstractFisher.mark` has kept.
     """
     found: list[tuple[Shards, Slopes]] = []
@@ -208,10 +213,8 @@ def fresh_slopes(proposal: Proposal, fisher: Fishers, unit: float, *, masked: bo
             old = part.but(step=part.step - 1)
             directions = fisher.of(block.group).direction(old, None, None, part.last_bound, unit, marked=masked)
             found.append((block.shards, (part.owners, part.slopes(directions))))
-    slopes, portions = by_owner(found, proposal.count, proposal.home), proposal.buckets[0].last_portions
-    if not portions:
-        return slopes
-    return slopes * torch.tensor(portions, dtype=slopes.dtype).to(slopes.device, non_blocking=True)
+    slopes = by_owner(found, proposal.count, proposal.home)
+    return slopes * sent(portions, slopes.device, slopes.dtype) if portions else slopes
 
 
 def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.device) -> Tensor:
@@ -225,7 +228,7 @@ def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.dev
     sums = torch.zeros(count, dtype=wide_dtype(home), device=home)
     for kind in dict.fromkeys(shards for shards, _ in found):
         here = [slopes for shards, slopes in found if shards == kind]
-        places = torch.tensor([owner for owners, _ in here for owner in owners]).to(home, non_blocking=True)
+        places = sent([owner for owners, _ in here for owner in owners], home, torch.int64)
         values = torch.cat([figures.to(home) for _, figures in here])
         sums += over_shards(torch.zeros_like(sums).index_add_(0, places, values), kind)
     return sums

@@ -13,7 +13,7 @@ from lightning_soaa._estimate import Fishers
 from lightning_soaa._flat import Parts
 from lightning_soaa._gather import Entry, ensure_state, gather, gradient_sizes, share_left
 from lightning_soaa._loss import evaluated, minimised, resolution, rounding
-from lightning_soaa._portions import keep_portions
+from lightning_soaa._portions import keep_portions, portions_of
 from lightning_soaa._proposal import Proposal, absorb, mark, propose, turn
 from lightning_soaa._state import Snapshot
 from lightning_soaa._trust_region import follow, search
@@ -129,7 +129,8 @@ class Stepper:
         if self.unclipped is not None:
             left = share_left(self.unclipped, gradient_sizes(entries), self.parts).to(home)
         slope = head[keys.CHECKED_SLOPE] > 0
-        buckets = gather(entries, self.groups, self.state, self.parts, checked=slope)
+        last = portions_of([param for _, param in entries], self.state, last=True) if slope else []
+        buckets = gather(entries, self.groups, self.state, self.parts)
         return propose(
             buckets,
             base,
@@ -141,6 +142,7 @@ class Stepper:
             unit=head[keys.GRADIENT_RMS],
             check=check,
             left=left,
+            last_portions=last,
             compiled=self.compiled,
         )
 

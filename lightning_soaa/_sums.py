@@ -75,6 +75,11 @@ def allowed(ok: Tensor | bool, device: torch.device) -> Tensor | None:
     return None if ok is True else torch.as_tensor(ok, device=device)
 
 
+def sent(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on `device`, in the wide dtype unless another is given; the host does not wait."""
+    return torch.tensor(numbers, dtype=wide_dtype(device) if dtype is None else dtype).to(device, non_blocking=True)
+
+
 def near(value: Tensor | float | None, device: torch.device) -> Tensor | float | None:
     """Return a number as it is, a tensor on `device`."""
     return value.to(device) if isinstance(value, Tensor) else value

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_soaa._bucket import Bucket, Pace, block_size, unflatten
+from lightning_soaa._bucket import Bucket, Pace, block_size
 from lightning_soaa._estimate import MOMENT, SQUARE, AbstractFisher, Slopes, Unit
+from lightning_soaa._memory import unflatten
 from lightning_soaa._moments import (
     advance_fused,
     box_direction,
     box_direction_foreach,
-    compiled_stride,
     drop_disagreement,
     drop_unmarked,
     mark_moved,
     move,
-    stride_numbers,
     update_moments,
     update_moments_foreach,
 )
+from lightning_soaa._stride import compiled_stride, stride_numbers
 from lightning_soaa._sums import dots, on_host, square_sum, stacked, summed_squares, wide_dtype
 
 

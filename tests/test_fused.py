@@ -13,17 +13,16 @@ from torch._dynamo.utils import counters
 
 import lightning_soaa._bucket as sizes
 from lightning_soaa import SOAA, DiagonalFisher, KroneckerFisher, fisher
-from lightning_soaa._bucket import one_view, runs, side_by_side
+from lightning_soaa._bucket import side_by_side
+from lightning_soaa._memory import one_view, runs
 from lightning_soaa._moments import (
     advance_fused,
     box_direction,
-    compiled_stride,
     drop_disagreement,
     move,
-    stride,
-    stride_numbers,
     update_moments,
 )
+from lightning_soaa._stride import compiled_stride, stride, stride_numbers
 from lightning_soaa.radius import AbstractRadius
 
 AFTER_BURN_IN = {"rule_phase": 0, "rule_scale": 1.0, "radius": 1e-3, "unchecked_steps": 0}
