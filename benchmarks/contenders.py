@@ -176,6 +176,7 @@ _ALL = [
     _ours("soaa_ratio_ungated", "RatioRadius", gated=False),
     _ours("soaa_ratio_no_fresh_slopes", "RatioRadius", fresh_slopes=False, portions=False),
     _ours("soaa_ratio_no_portions", "RatioRadius", portions=False),
+    _ours("soaa_ratio_no_doubts", "RatioRadius", doubts=False),
     _ours("soaa_ratio_unscheduled", "RatioRadius", schedule="constant"),
     _ours("soaa_ratio_unannealed", "RatioRadius", schedule="constant", anneals=False),
     _ours("soaa_kronecker", "RatioRadius", "KroneckerFisher"),

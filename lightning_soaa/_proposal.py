@@ -214,7 +214,7 @@ def fresh_slopes(
             directions = fisher.of(block.group).direction(old, None, None, part.last_bound, unit, marked=masked)
             found.append((block.shards, (part.owners, part.slopes(directions))))
     slopes = by_owner(found, proposal.count, proposal.home)
-    return slopes * sent(portions, slopes.device, slopes.dtype) if portions else slopes
+    return slopes * sent(portions, slopes.device) if portions else slopes
 
 
 def by_owner(found: Sequence[tuple[Shards, Slopes]], count: int, home: torch.device) -> Tensor:

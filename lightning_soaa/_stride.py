@@ -1,4 +1,4 @@
-"""The step of one tensor in one pass over it, written to be compiled: the pure functions of the compiled step."""
+"""The step of one tensor in one pass over it, written to be compiled: pure functions."""
 
 from collections.abc import Callable
 from functools import cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any, NamedTuple
 
+from lightning_soaa.ratio import by_slopes
 from lightning_soaa.report import StepReport
 
 # How many of the last checks are judged. After burn-in they span about a hundred steps: long enough to tell a state
@@ -68,6 +69,7 @@ class Watch:
     zero_reports: int = 0
     report: StepReport | None = None
     rising: bool = False  # whether the loss is maximised
+    by_slopes: bool = False  # whether RatioRadius has found the loss not to follow its gradient
     first_losses: list[float] = field(default_factory=list)  # finite ones, of the first reports
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_LOSSES))
     largest_loss: float = 0.0  # magnitude, of the reports; what goes into a loss rounds on this scale
@@ -90,12 +92,13 @@ class Watch:
         Args:
             head: holds the plain numbers ``radius``, ``checks``, ``accepted_checks`` and ``skipped_steps`` (counts of
                 the whole run). May hold ``steps`` and ``outlier_steps``, ``predicted_reduction`` and
-                ``actual_reduction`` of the last check, ``radius_low`` and ``radius_high``. Without one of them, what
-                it would tell is not told.
+                ``actual_reduction`` of the last check, ``radius_low`` and ``radius_high``, and ``rule_doubts``.
+                Without one of them, what it would tell is not told.
         """
         self.radius = float(head["radius"])
         self.steps, self.not_finite = int(head.get("steps", 0)), int(head["skipped_steps"])
         self.outliers, self.rising = int(head.get("outlier_steps", 0)), bool(head.get("maximize", False))
+        self.by_slopes = by_slopes({"doubts": head.get("rule_doubts", 0.0)})
         checks, accepted = int(head["checks"]), int(head["accepted_checks"])
         new, taken = checks - self.checks_seen, accepted - self.accepted_seen
         self.checks_seen, self.accepted_seen = checks, accepted

@@ -62,11 +62,11 @@ def beyond_rounding(watch: Watch, check: Check) -> bool:
 def radius_at_bound(watch: Watch) -> Advice | None:
     """Say that the radius has been at its floor or ceiling for `PINNED_CHECKS` checks.
 
-    Silent about a floor where other advice names the cause, and where a check did not see the loss change by more than
-    rounding, as in a run that has converged: such a step is not too large.
+    Silent where slopes steer, about a floor where other advice names the cause, and where a check did not see the loss
+    change by more than rounding, as in a run that has converged: such a step is not too large.
     """
     last = list(watch.checks)[-PINNED_CHECKS:]
-    if len(last) < PINNED_CHECKS:
+    if len(last) < PINNED_CHECKS or watch.by_slopes:
         return None
     seen = f"{watch.radius:.3g}, for {PINNED_CHECKS} checks or more"
     if all(check.at_low and check.actual != 0 and beyond_rounding(watch, check) for check in last):
@@ -134,7 +134,7 @@ def noisy_ratios(watch: Watch) -> Advice | None:
     Silent where other advice names the cause, and of reductions that are rounding of the loss, as far as reports have
     told the loss: those of a run that has converged.
     """
-    if len(watch.checks) < RATIO_CHECKS or low_acceptance_rate(watch) or loss_not_repeatable(watch):
+    if len(watch.checks) < RATIO_CHECKS or watch.by_slopes or low_acceptance_rate(watch) or loss_not_repeatable(watch):
         return None
     ratios = [
         check.actual / check.predicted
@@ -175,6 +175,23 @@ def loss_not_repeatable(watch: Watch) -> Advice | None:
         f"from the base loss, and the predicted reduction is {predicted:.3g}. Make it compute the same loss twice: the "
         "same batch, dropout masks and augmentation, no statistics updated in between. SOAAMixin replays the random "
         "streams of torch, numpy and python; a generator of your own has to be seeded anew in training_step.",
+    )
+
+
+def loss_unlike_gradient(watch: Watch) -> Advice | None:
+    """Say that RatioRadius goes by slopes, since the loss does not follow its gradient.
+
+    Silent where other advice names the cause.
+    """
+    if not (watch.by_slopes and watch.moved) or loss_not_repeatable(watch):
+        return None
+    return Advice(
+        "loss_unlike_gradient",
+        "the loss does not follow its gradient: by steps that are too short for curvature to matter it falls by less "
+        "than the gradient promises, or rises. So acceptance ratios mean nothing; from now on the radius goes by the "
+        "slopes that fresh gradients find, and a step is undone only if its loss is not finite. That is as it should "
+        "be for detached targets or codes and for straight-through estimators. If there are none, make sure that the "
+        "loss closure computes the loss that the gradients are of: the same batch, dropout masks, reduction and sign.",
     )
 
 
@@ -229,6 +246,7 @@ RULES: tuple[Callable[[Watch], Advice | None], ...] = (
     many_skipped_steps,
     noisy_ratios,
     loss_not_repeatable,
+    loss_unlike_gradient,
     loss_unmoved,
     loss_risen,
     zero_gradients,

@@ -6,6 +6,7 @@ from math import exp, inf, isclose, isfinite
 from typing import ClassVar
 
 from lightning_soaa._checks import check_between, check_count, check_positive
+from lightning_soaa._ratios import eaten_share, falls_short, gained, lost_in_noise, surplus
 from lightning_soaa.radius import AbstractRadius, Decision, Evidence, Numbers
 
 # Bounds of the radius, in units of its prior. Three decades below it AdamW is slow on every task that was measured;
@@ -26,6 +27,18 @@ HELD = 20
 ANNEALS, LEAST = 0.2, 0.01
 # Steady checks after which the distance between checks grows by `interval`, and how often it does so.
 STEADY, STRETCHES = 4, 3
+# Below this share of its prior the radius takes up burn-in again where curvature eats next to nothing: what had ended
+# it was no curvature, but a jump of the loss.
+LOST = 1 / 100
+# Below this share of its prior a check may find the loss not to follow its gradient; slopes begin there.
+FAR = 1 / 30
+# Checks in a row that find the loss not to follow its gradient; from then on slopes steer.
+DOUBTS = 3
+# Above the floor, the least slope that is then left, and the least sum of it and twice the share eaten, which is 1 on a
+# quadratic and less in noise. Steps that curvature or a rugged loss limits were not seen to leave as much so far below.
+LEFT, SUM = 0.6, 1.5
+# A reduction below this share of the largest loss so far raises no doubt: what goes into a loss rounds on that scale.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,18 @@ class RatioRadius(AbstractRadius):
 
     A step that raises its own batch's loss by more than it promised to lower it is undone, and the radius halved. The
     radius stays within 1/1000 and 10 times its prior; at its floor every step to a finite loss is taken, so that no run
-    gets stuck. A gradient far outside the recent distribution is left out, see :mod:`lightning_soaa.gate`.
+    gets stuck. Two causes of a far too small radius are not the step's length:
+
+    - A loss with jumps (a choice between experts) can end burn-in far too early. Where the radius is below 1/100 of
+      its prior and curvature eats next to nothing, burn-in is taken up again, up to the prior.
+    - A loss may not follow its gradient, as where a target or a code is detached or an estimator is straight-through.
+      Curvature cannot eat ``1 - target`` of a step at the floor; nor, on a quadratic, a share that is more than half of
+      what is missing from the slope. Where it seems to in three checks in a row, at the floor, or with most of the
+      slope left below 1/30 of the prior, ratios mean nothing. From then on the slopes that the next batches find stand
+      in for them, ``(1 - slope) / 2`` for the share eaten: burn-in is taken up from 1/30 of the prior, the radius
+      shrinks where the mean slope is below -1, and a step is undone only if its loss is not finite.
+
+    A gradient far outside the recent distribution is left out, see :mod:`lightning_soaa.gate`.
 
     Coordinates on which the momentum points against the gradient of the batch stay where they are (arXiv 2411.16085):
     they promise no reduction. The Fisher does not limit the step and eps is relative to the gradients' root mean
@@ -78,6 +102,7 @@ class RatioRadius(AbstractRadius):
     portions: ClassVar[bool] = True
     gated: ClassVar[bool] = True
     anneals: ClassVar[bool] = True
+    doubts: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
 
     relative: float = 0.2
@@ -97,20 +122,24 @@ class RatioRadius(AbstractRadius):
         The radius is 0 until the first check knows the size of the parameters. The phase is 1 in burn-in, 0 after it.
         `scale` is the parameters' root mean square when burn-in ended, 0 before; `steady` counts checks that neither
         grew nor shrank the radius; `noise` is that of the loss closure, as far as checks have shown it; `annealing` is
-        what is left of the prior.
+        what is left of the prior; `doubts` counts checks that found the loss not to follow its gradient,
+        `largest` is the largest loss so far.
         """
         means = {"eaten": 0.0, "eaten_weight": 0.0, "fresh": 0.0, "fresh_weight": 0.0}
-        return {"radius": 0.0, "phase": 1, "scale": 0.0, "steady": 0.0, "noise": 0.0, "annealing": 1.0, **means}
+        others = {"scale": 0.0, "steady": 0.0, "noise": 0.0, "annealing": 1.0, "doubts": 0.0, "largest": 0.0}
+        return {"radius": 0.0, "phase": 1, **others, **means}
 
     def check_due(self, numbers: Mapping[str, float], unchecked_steps: int) -> bool:
-        """Return True on every step of burn-in, later on every `interval`-th, or less often while all is steady."""
+        """Return True on every step of burn-in and in doubt, else on every `interval`-th, or less often if steady."""
         stretch = 1 + min(STRETCHES, int(numbers["steady"] // STEADY))
-        return numbers["phase"] > 0 or unchecked_steps + 1 >= self.interval * stretch
+        searching = numbers["phase"] > 0 or 0 < numbers["doubts"] < DOUBTS
+        return searching or unchecked_steps + 1 >= self.interval * stretch
 
     def update(self, numbers: Mapping[str, float], evidence: Evidence) -> Decision:
         """Undo a step that does harm; otherwise move the radius by eaten shares and fresh slopes."""
         low, prior, high = self.bounds(numbers, evidence)
-        new = {**numbers, "radius_low": low, "radius_high": high}
+        largest = max(numbers["largest"], abs(evidence.base))
+        new = {**numbers, "largest": largest, "radius_low": low, "radius_high": high}
         radius = numbers["radius"]
         if radius == 0:
             return Decision({**new, "radius": low}, accepted=False, retry=True)
@@ -119,13 +148,17 @@ class RatioRadius(AbstractRadius):
         new["noise"] = max(0.9 * numbers["noise"], surplus(evidence))
         evidence = replace(evidence, noise=evidence.noise + new["noise"])
         at_floor = radius <= low
-        if falls_short(evidence, -1.0) and not (at_floor and isfinite(gained(evidence))):
+        spared = (at_floor or by_slopes(numbers)) and isfinite(gained(evidence))
+        if falls_short(evidence, -1.0) and not spared:
             if numbers["phase"] and not at_floor:
-                new |= {"phase": 0, "scale": prior / self.relative}
+                new |= {"phase": 0, "scale": numbers["scale"] or prior / self.relative}
             new |= {"radius": max(low, 0.5 * radius), "steady": 0.0}
             return Decision(new, accepted=False, retry=not at_floor and evidence.attempt < self.max_trials)
         new |= self._means(numbers, evidence, at_floor=at_floor)
         new |= self._move(new, evidence, low=low, prior=prior, high=high)
+        told = not lost_in_noise(evidence) and abs(evidence.predicted) > ROUNDING * largest
+        if self.doubts and told and not by_slopes(new):
+            new |= self._doubt(new, eaten_share(evidence) or 0.0, radius, prior=prior, high=high)
         at_peak = isclose(evidence.schedule, 1.0, rel_tol=1e-6)  # a warm-up may leave it at 1 less a rounding
         if self.anneals and not numbers["phase"] and at_peak:  # else a scheduler does it
             new |= _anneal(new, evidence, low=low)
@@ -149,6 +182,8 @@ class RatioRadius(AbstractRadius):
         memory = 0.5 if numbers["phase"] else 0.8
         share = None if at_floor and numbers["phase"] else eaten_share(evidence)
         fresh = None if evidence.fresh is None else max(-2.0, min(2.0, evidence.fresh))
+        if by_slopes(numbers):
+            share = None if fresh is None else max(0.0, (1 - fresh) / 2)
         new: Numbers = {}
         for name, value in (("eaten", share), ("fresh", fresh)):
             keep, add = (memory, 1 - memory) if value is not None else (1.0, 0.0)
@@ -160,32 +195,72 @@ class RatioRadius(AbstractRadius):
         """Return radius, phase, scale and steady count after an accepted check."""
         excess, schedule = 1 - self.target, evidence.schedule
         eaten, fresh = _eaten_and_fresh(new)
-        unknown = lost_in_noise(evidence)
-        long = new["eaten_weight"] > 0.5 and eaten > excess and fresh + eaten > excess and not unknown
+        unknown, long = lost_in_noise(evidence), eaten > excess and fresh + eaten > excess
+        if by_slopes(new):
+            unknown, long = evidence.fresh is None, eaten > 1
+        long = long and new["eaten_weight"] > 0.5 and not unknown
         short = eaten < excess * min(1.0, max(LATE, schedule))
-        radius, phase, steady = new["radius"], int(new["phase"]), new["steady"]
-        if phase:
-            ends = long or (radius >= prior and not (short or unknown))
-            top = prior if schedule < WARM or unknown else high
-            held = radius >= top
-            steady = steady + min(1.0, schedule) if held else 0.0
-            ends = ends or steady > HELD
-            growth = 1.35 if eaten < excess / 2 else 1.1
-            radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
-            phase, steady = (0, 0.0) if ends else (1, steady)
+        if new["phase"]:
+            found = {"long": long, "short": short, "unknown": unknown}
+            return self._burn_in(new, schedule, low=low, prior=prior, high=high, **found)
+        radius, steady, phase = new["radius"], new["steady"], 0
+        limit = (CEILING if fresh > 0 else GROWN) * prior
+        short = short and (radius < 0.99 * limit or fresh > 0)  # not left to rounding where it is at its limit
+        moves = long or (short and not unknown and schedule > LATE)
+        steady = 0.0 if moves else steady + 1
+        if long:
+            radius *= 0.7
+        elif moves:
+            phase = int(radius < LOST * prior and eaten < excess / 2 * min(1.0, schedule))
+            radius = min(1.2 * radius, max(radius, limit))
         else:
-            limit = (CEILING if fresh > 0 else GROWN) * prior
-            short = short and (radius < 0.99 * limit or fresh > 0)  # not left to rounding where it is at its limit
-            moves = long or (short and not unknown and schedule > LATE)
-            steady = 0.0 if moves else steady + 1
-            if long:
-                radius *= 0.7
-            elif moves:
-                radius = min(1.2 * radius, max(radius, limit))
-            else:
-                radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
-        scale = prior / self.relative if new["phase"] and not phase else new["scale"]
-        return {"radius": max(radius, low), "phase": phase, "scale": scale, "steady": steady}
+            radius = min(1.1 * radius, prior) if radius < prior else max(0.975 * radius, prior)
+        return {"radius": max(radius, low), "phase": phase, "steady": steady}
+
+    def _burn_in(
+        self,
+        new: Numbers,
+        schedule: float,
+        *,
+        low: float,
+        prior: float,
+        high: float,
+        long: bool,
+        short: bool,
+        unknown: bool,
+    ) -> Numbers:
+        """Return the same in burn-in; one that was taken up again ends at the prior."""
+        radius, again, eaten = new["radius"], new["scale"] > 0, _eaten_and_fresh(new)[0]
+        top = prior if again or unknown or schedule < WARM else high
+        held = radius >= top
+        steady = new["steady"] + min(1.0, schedule) if held else 0.0
+        ends = long or steady > HELD or (radius >= prior and (again or not (short or unknown)))
+        growth = 1.35 if eaten < (1 - self.target) / 2 else 1.1
+        radius = 0.4 * radius if long else radius if ends or held else min(growth * radius, top)
+        if not ends:
+            return {"radius": max(radius, low), "phase": 1, "steady": steady}
+        return {"radius": max(radius, low), "phase": 0, "steady": 0.0, "scale": new["scale"] or prior / self.relative}
+
+    def _doubt(self, new: Numbers, share: float, radius: float, *, prior: float, high: float) -> Numbers:
+        """Return how many checks in a row, this one of `radius` included, found the loss not to follow its gradient.
+
+        The last of them begins anew by slopes.
+        """
+        eaten, fresh = _eaten_and_fresh(new)
+        least = 1.01 * high * FLOOR / CEILING  # a floor that is higher, at the parameters' resolution, tells nothing
+        stuck = radius <= least and share > 1 - self.target
+        eats = share > (1 - self.target) / 2
+        unlike = least < radius < FAR * prior and eats and fresh > LEFT and fresh + 2 * eaten > SUM
+        doubts = {"doubts": new["doubts"] + 1 if stuck or unlike else 0.0}
+        if not by_slopes(doubts):
+            return doubts
+        begun = {"phase": 1, "scale": new["scale"] or prior / self.relative, "radius": max(new["radius"], FAR * prior)}
+        return {**doubts, **begun, "eaten": 0.0, "eaten_weight": 0.0, "steady": 0.0}
+
+
+def by_slopes(numbers: Mapping[str, float]) -> bool:
+    """Return whether the loss has been found not to follow its gradient, so that fresh slopes stand in for ratios."""
+    return numbers["doubts"] >= DOUBTS
 
 
 def _eaten_and_fresh(numbers: Mapping[str, float]) -> tuple[float, float]:
@@ -207,42 +282,3 @@ def _anneal(new: Numbers, evidence: Evidence, *, low: float) -> Numbers:
 def annealed(annealing: float, schedule: float) -> float:
     """Return what annealing leaves of the prior beyond what the schedule takes anyway."""
     return min(1.0, annealing / schedule) if 0 < schedule < 1 else annealing
-
-
-def gained(evidence: Evidence) -> float:
-    """Return the actual reduction of the loss; -inf without a trial whose loss is finite."""
-    return evidence.base - evidence.trial if evidence.trial is not None and isfinite(evidence.trial) else -inf
-
-
-def lost_in_noise(evidence: Evidence) -> bool:
-    """Return whether the predicted reduction is no larger than what two evaluations of one loss may differ by."""
-    return abs(evidence.predicted) <= evidence.noise
-
-
-def eaten_share(evidence: Evidence) -> float | None:
-    """Return the share of the predicted reduction that curvature ate, ``1 - rho``, clipped to [0, 2].
-
-    None where the prediction is lost in noise: nothing is known of it then.
-    """
-    if lost_in_noise(evidence):
-        return None
-    return min(2.0, max(0.0, (evidence.predicted - gained(evidence)) / abs(evidence.predicted)))
-
-
-def surplus(evidence: Evidence) -> float:
-    """Return what a trial gained beyond twice the predicted reduction; negative if it did not gain as much.
-
-    A loss whose slope doubles along the step is rare: what is gained beyond that was the loss closure's own noise.
-    """
-    return gained(evidence) - 2 * abs(evidence.predicted)
-
-
-def falls_short(evidence: Evidence, wanted: float) -> bool:
-    """Return whether a trial falls short of `wanted` times the predicted reduction.
-
-    ``predicted - actual`` is the part of the reduction that curvature ate. It is compared with the share it may eat,
-    ``(1 - wanted) |predicted|``, and never divided by: near convergence both sides are rounding error, which is why
-    `noise` is forgiven. A trial that is not finite always falls short.
-    """
-    gain = gained(evidence)
-    return not isfinite(gain) or evidence.predicted - gain > (1 - wanted) * abs(evidence.predicted) + evidence.noise

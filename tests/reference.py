@@ -24,6 +24,8 @@ class ReferenceSOAA:
         for group in groups:
             self.begin(group)
         self.skipped, self.outliers, self.trials, self.gap, self.noise = 0, 0, 0, None, 0.0
+        self.largest = 0.0
+        self.doubts = 0  # checks at the floor in which the loss did not follow its gradient; from 3 on slopes steer
         self.unit = None  # root mean square of the gradients at the last check
 
     @staticmethod
@@ -132,7 +134,8 @@ class ReferenceSOAA:
         self.p = promised
 
     def check_due(self):
-        return self.phase > 0 or self.unchecked + 1 >= self.options["interval"] * (1 + min(3, self.steady // 4))
+        sought = self.phase > 0 or self.doubts in (1, 2)
+        return sought or self.unchecked + 1 >= self.options["interval"] * (1 + min(3, self.steady // 4))
 
     def ratio(self, grads, loss, loss_at, c):
         """The learning rate is folded into the radius; a check compares the loss at start + s with -(g . s)."""
@@ -216,34 +219,41 @@ class ReferenceSOAA:
         """Return whether the trial is kept, and if not, whether another may follow; the radius moves either way."""
         low, prior, high = self.bounds(rms)
         prior *= self.annealed(f)
+        self.largest = max(self.largest, abs(loss))
         if promised == 0:
             return True, False
         self.noise = max(0.9 * self.noise, actual - 2 * abs(promised) if np.isfinite(actual) else 0.0)
         noise = 8 * np.finfo(float).eps * abs(loss) + abs(self.gap) + self.noise
         floor = self.d <= low
         bad = not np.isfinite(actual) or promised - actual > 2 * abs(promised) + noise
-        if bad and not (floor and np.isfinite(actual)):
+        slopes = self.doubts >= 3
+        if bad and not ((floor or slopes) and np.isfinite(actual)):
             if self.phase and not floor:
-                self.phase, self.scale = 0, prior / self.options["relative"]
+                self.phase, self.scale = 0, self.scale or prior / self.options["relative"]
             self.d, self.steady = max(low, self.d / 2), 0
             return False, not floor
         known = abs(promised) > noise
         memory = 0.5 if self.phase else 0.8
-        if known and not (floor and self.phase):
-            share = min(2.0, max(0.0, (promised - actual) / abs(promised)))
+        share, tells = min(2.0, max(0.0, (promised - actual) / abs(promised))), known and not (floor and self.phase)
+        if slopes:
+            known = tells = self.slope is not None
+            share = (1 - min(1.0, max(-2.0, self.slope))) / 2 if known else None
+        if tells:
             self.eaten = [memory * old + (1 - memory) * new for old, new in zip(self.eaten, (share, 1), strict=True)]
         if self.slope is not None:
             slope = min(2.0, max(-2.0, self.slope))
             self.fresh = [memory * old + (1 - memory) * new for old, new in zip(self.fresh, (slope, 1), strict=True)]
         eaten, slope = (a / b if b else 0.0 for a, b in (self.eaten, self.fresh))
         excess = 1 - self.options["target"]
-        long = known and self.eaten[1] > 0.5 and eaten > excess and eaten + slope > excess
+        long = known and self.eaten[1] > 0.5 and (eaten > 1 if slopes else eaten > excess and eaten + slope > excess)
         short = eaten < excess * min(1.0, max(0.05, f))
+        radius, burning = self.d, self.phase
         if self.phase:
-            top = prior if f < 0.5 or not known else high
+            again = self.scale > 0
+            top = prior if again or f < 0.5 or not known else high
             held = self.d >= top
             self.steady = self.steady + min(1.0, f) if held else 0
-            ends = long or self.steady > 20 or (self.d >= prior and known and not short)
+            ends = long or self.steady > 20 or (self.d >= prior and (again or (known and not short)))
             if long:
                 self.d *= 0.4
             elif not ends and not held:
@@ -252,24 +262,34 @@ class ReferenceSOAA:
                 self.phase, self.steady = 0, 0
             else:
                 self.phase = 1
-            self.scale = prior / self.options["relative"] if ends else self.scale
+            self.scale = self.scale or (prior / self.options["relative"] if ends else 0.0)
         else:
             grows = short and known and f > 0.05 and (slope > 0 or self.d < 0.99 * 3 * prior)
             self.steady = 0 if long or grows else self.steady + 1
             if long:
                 self.d *= 0.7
             elif grows:
+                self.phase = int(self.d < prior / 100 and eaten < excess / 2 * min(1.0, f))
                 self.d = min(1.2 * self.d, max(self.d, (10 if slope > 0 else 3) * prior))
             elif self.d < prior:
                 self.d = min(1.1 * self.d, prior)
             else:
                 self.d = max(0.975 * self.d, prior)
-            if known and abs(f - 1) < 1e-6:
-                unexplained = slope - min(0.0, 1 - 2 * eaten)
-                before = self.annealing
-                self.annealing *= np.exp(0.2 * np.clip(unexplained, -1, 1) * self.fresh[1])
-                self.annealing = np.clip(self.annealing, 0.01, 1)
-                self.d = max(self.d, low) * min(1, self.annealing / before)
+        self.d = max(self.d, low)
+        if not slopes and abs(promised) > max(noise, 1e-6 * self.largest):
+            least = 1.01e-4 * high
+            unlike = least < radius < prior / 30 and share > excess / 2 and slope > 0.6 and slope + 2 * eaten > 1.5
+            stuck = radius <= least and share > excess
+            self.doubts = self.doubts + 1 if unlike or stuck else 0
+            if self.doubts == 3:
+                self.phase, self.steady, self.eaten, eaten = 1, 0, [0.0, 0.0], 0.0
+                self.scale, self.d = self.scale or prior / self.options["relative"], max(self.d, prior / 30)
+        if not burning and abs(promised) > noise and abs(f - 1) < 1e-6:
+            unexplained = slope - min(0.0, 1 - 2 * eaten)
+            before = self.annealing
+            self.annealing *= np.exp(0.2 * np.clip(unexplained, -1, 1) * self.fresh[1])
+            self.annealing = np.clip(self.annealing, 0.01, 1)
+            self.d = max(self.d, low) * min(1, self.annealing / before)
         self.d = max(self.d, low)
         return True, False
 

@@ -114,6 +114,36 @@ def at_the_floor(checks):
     return after(checks, radius=1e-8, radius_low=1e-8)
 
 
+def by_slopes(checks, doubts=3.0):
+    return after(checks, rule_doubts=doubts)
+
+
+def test_a_loss_that_does_not_follow_its_gradient_is_named_once_slopes_steer():
+    assert kinds(by_slopes([GOOD], doubts=2.0)) == []
+    assert kinds(by_slopes([GOOD])) == ["loss_unlike_gradient"]
+    assert text(by_slopes([GOOD])) == (
+        "the loss does not follow its gradient: by steps that are too short for curvature to matter it falls by less "
+        "than the gradient promises, or rises. So acceptance ratios mean nothing; from now on the radius goes by the "
+        "slopes that fresh gradients find, and a step is undone only if its loss is not finite. That is as it should "
+        "be for detached targets or codes and for straight-through estimators. If there are none, make sure that the "
+        "loss closure computes the loss that the gradients are of: the same batch, dropout masks, reduction and sign."
+    )
+
+
+def test_neither_a_bound_nor_scattered_ratios_are_named_beside_it():
+    assert kinds(by_slopes(scattered(100))) == ["loss_unlike_gradient"]
+    for bound in ("radius_low", "radius_high"):
+        watch = after(PINNED_CHECKS * [GOOD], radius=0.1, rule_doubts=3.0, **{bound: 0.1})
+        assert kinds(watch) == ["loss_unlike_gradient"]
+
+
+def test_it_is_not_named_where_its_cause_is():
+    watch = by_slopes(WINDOW * [(True, 1e-5, -1e-5)])
+    watch.see_report(report(base_loss=2.0, predicted_reduction=1e-5, repeat_gap=0.5))
+    assert kinds(watch) == ["repeat_gap"]
+    assert kinds(by_slopes(STUCK_CHECKS * [STUCK])) == ["loss_unmoved"]
+
+
 def test_a_floor_is_not_named_where_its_cause_is():
     assert kinds(at_the_floor(WINDOW * [(False, 1e-5, -inf)])) == ["acceptance_rate"]
     assert kinds(at_the_floor(WINDOW * [(True, 1e-5, 0.0)])) == ["loss_unmoved"]
@@ -477,6 +507,24 @@ class Reversed(Mixed):
             p.grad.neg_()
 
 
+class Believing(RatioRadius):
+    """Goes by ratios whatever they say, as RatioRadius does where the floor is the parameters' resolution."""
+
+    doubts = False
+
+
+class StraightThrough(Mixed):
+    """Its weights are rounded to eighths forward, not backward."""
+
+    def training_step(self, batch, batch_idx):
+        exact = {name: p.detach().clone() for name, p in self.named_parameters()}
+        rounded = {name: p + ((p * 8).round() / 8 - p).detach() for name, p in self.named_parameters()}
+        return torch.func.functional_call(self, rounded, (batch, exact))
+
+    def forward(self, batch, exact):
+        return self.loss(batch)
+
+
 class Detached(Mixed):
     """A loss on which the parameters have no influence."""
 
@@ -509,6 +557,7 @@ def fit(module, path=None, *callbacks, monitor=None, data=None, ckpt_path=None, 
 FLOOR, CEILING = "the radius is at its floor, ", "the radius is at its ceiling, "
 STUCK_TEXT = "the actual reduction was exactly 0 in all 20 checks so far, "
 GAP = "the loss closure is not deterministic: at the same parameters it returned a loss that differs by "
+UNLIKE = "the loss does not follow its gradient: "
 RATE, NOISE = "the acceptance rate is 0.", "the acceptance ratios of the last "
 FAULTS = {
     "noise in the loss closure": (lambda: Manual(noisy), GAP, NOISE),
@@ -516,7 +565,9 @@ FAULTS = {
     "masks that are not replayed": (lambda: Manual(Manual.loss, dropout=0.5), GAP, NOISE),
     "trials that are never finite": (lambda: Manual(never_finite), GAP + "inf", "the acceptance rate is 0: 0 of "),
     "trials that turn nan": (lambda: Manual(turned_nan), RATE, RATE),
-    "gradients of the wrong sign": (Reversed, FLOOR, FLOOR),
+    "gradients of the wrong sign": (Reversed, UNLIKE, UNLIKE),
+    "the same where ratios are believed": (lambda: Reversed(radius=Believing()), FLOOR, FLOOR),
+    "a straight-through estimator": (StraightThrough, UNLIKE, UNLIKE),
     "a prior that is much too small": (lambda: Mixed(radius=RatioRadius(relative=1e-3)), CEILING, CEILING),
     "nan in the data": (Poisoned, "4 of 40 steps were skipped: 4 with a loss", "5 of 41 steps were skipped: 5 with a"),
     "batches far out": (Spiky, "3 of 40 steps were skipped: 0 with a loss", "3 of 42 steps were skipped: 0 with a"),

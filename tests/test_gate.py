@@ -239,7 +239,7 @@ def before_a(kind, **options):
         while head["rule_phase"]:
             problem.step()
         due = lambda: problem.optimizer.radius_rule.check_due(  # noqa: E731
-            {"phase": 0, "steady": head["rule_steady"]}, head["unchecked_steps"]
+            {"phase": 0, "steady": head["rule_steady"], "doubts": 0}, head["unchecked_steps"]
         )
         while due() != (kind == "check"):
             problem.step()

@@ -8,8 +8,9 @@ import torch
 from lightning_soaa import SOAA, DiagonalFisher, FixedRadius
 from lightning_soaa._bucket import Bucket
 from lightning_soaa._moments import box_direction, box_direction_foreach
+from lightning_soaa._ratios import falls_short
 from lightning_soaa.radius import Evidence
-from lightning_soaa.ratio import RatioRadius, falls_short
+from lightning_soaa.ratio import RatioRadius
 
 
 def small_problem(scale=1e-3):
@@ -400,6 +401,167 @@ DECISIONS = {
         {"actual": 0.6, "rms": 50.0},
         {"radius": PRIOR, "scale": 1.0},
     ),
+    # Far below the prior
+    "where curvature eats next to nothing burn-in is taken up again": (
+        {"phase": 0, "radius": 0.0019},
+        {},
+        {"factor": 1.2, "phase": 1},
+    ),
+    "not from a hundredth of the prior on": ({"phase": 0, "radius": 0.0021}, {}, {"factor": 1.2, "phase": 0}),
+    "nor where curvature eats a fifth": (
+        {"phase": 0, "radius": 0.0019, "eaten": 0.21},
+        {"actual": 0.79},
+        {"factor": 1.2, "phase": 0},
+    ),
+    "or as much of it as the schedule leaves": (
+        {"phase": 0, "radius": 0.0019, "eaten": 0.11},
+        {"actual": 0.89, "schedule": 0.5},
+        {"factor": 1.2, "phase": 0},
+    ),
+    "nor where nothing is known": ({"phase": 0, "radius": 0.0019}, {"noise": 1.0}, {"factor": 1.1, "phase": 0}),
+    "what was taken up again goes to the prior": (
+        {"phase": 1, "radius": 0.19, "scale": 1.0},
+        {},
+        {**STAYS, "radius": PRIOR, "phase": 1},
+    ),
+    "and ends there": (
+        {"phase": 1, "radius": PRIOR, "scale": 1.0},
+        {},
+        {**STAYS, "radius": PRIOR, "phase": 0, "scale": 1.0},
+    ),
+    "or where a step is long, at the scale that it had": (
+        {"phase": 1, "radius": 0.04, "eaten": 0.6, "scale": 1.0},
+        {"actual": 0.4, "rms": 0.5},
+        {**STAYS, "factor": 0.4, "phase": 0, "scale": 1.0},
+    ),
+    "or undone": (
+        {"phase": 1, "radius": 0.04, "scale": 1.0},
+        {"actual": -1.1, "rms": 0.5},
+        {**RETRY, "factor": 0.5, "phase": 0, "scale": 1.0},
+    ),
+    # A loss that does not follow its gradient
+    "at the floor it is doubted": (
+        {"phase": 0, "radius": LOW, "eaten": 0.5},
+        {"actual": 0.5},
+        {"radius": LOW, "doubts": 1},
+    ),
+    "also in burn-in": ({"phase": 1, "radius": LOW}, {"actual": 0.5}, {**GROWS, "doubts": 1}),
+    "and a rounding above": (
+        {"phase": 0, "radius": 1.009 * LOW, "eaten": 0.5, "doubts": 1},
+        {"actual": 0.5},
+        {"radius": LOW, "doubts": 2},
+    ),
+    "not where it follows": (
+        {"phase": 0, "radius": LOW, "eaten": 0.5, "doubts": 2},
+        {"actual": 0.61},
+        {"doubts": 0},
+    ),
+    "nor off the floor": (
+        {"phase": 0, "radius": 1.02 * LOW, "eaten": 0.5, "doubts": 2},
+        {"actual": 0.5},
+        {"radius": LOW, "doubts": 0},
+    ),
+    "nor at one that is the parameters' resolution": (
+        {"phase": 0, "radius": BF16, "eaten": 0.5, "doubts": 2},
+        {"actual": 0.5, "resolution": BF16},
+        {"radius": BF16, "doubts": 0},
+    ),
+    "what is not known changes nothing": (
+        {"phase": 0, "radius": LOW, "doubts": 2},
+        {"actual": 0.5, "noise": 1.0},
+        {"doubts": 2},
+    ),
+    "far below the prior, where a slope is left beyond what curvature leaves": (
+        {"phase": 0, "radius": 0.0066, "eaten": 0.4, "slope": 0.8},
+        {"actual": 0.6, "fresh": 0.8},
+        {"doubts": 1, "mean": 0.4},
+    ),
+    "and in burn-in": (
+        {"phase": 1, "radius": 0.006, "eaten": 0.4, "slope": 0.8, "doubts": 1},
+        {"actual": 0.6, "fresh": 0.8},
+        {**CREEPS, "doubts": 2},
+    ),
+    "not nearer to it": (
+        {"phase": 0, "radius": 0.0067, "eaten": 0.4, "slope": 0.8, "doubts": 2},
+        {"actual": 0.6, "fresh": 0.8},
+        {"doubts": 0},
+    ),
+    "nor where less than 0.6 of the slope is left": (
+        {"phase": 0, "radius": 0.0066, "eaten": 0.6, "slope": 0.59, "doubts": 2},
+        {"actual": 0.4, "fresh": 0.59},
+        {"factor": 0.7, "doubts": 0},
+    ),
+    "nor where curvature may have taken what is missing": (
+        {"phase": 0, "radius": 0.0066, "eaten": 0.3, "slope": 0.89, "doubts": 2},
+        {"actual": 0.7, "fresh": 0.89},
+        {"factor": 1.2, "doubts": 0},
+    ),
+    "nor by a mean that this check does not bear out": (
+        {"phase": 0, "radius": 0.0066, "eaten": 0.6, "slope": 0.9, "doubts": 2},
+        {"actual": 0.81, "fresh": 0.9},
+        {"doubts": 0},
+    ),
+    "nor does a promise that the loss's rounding may hide": (
+        {"phase": 0, "radius": LOW, "doubts": 2, "largest": 1e6},
+        {"actual": 0.5},
+        {"doubts": 2, "largest": 1e6},
+    ),
+    "one that it may not does": (
+        {"phase": 0, "radius": LOW, "doubts": 1, "largest": 0.99e6},
+        {"actual": 0.5},
+        {"doubts": 2},
+    ),
+    "the third check in a row begins anew by slopes": (
+        {"phase": 0, "radius": LOW, "eaten": 0.5, "slope": 0.3, "doubts": 2},
+        {"actual": 0.5},
+        {"radius": PRIOR / 30, "phase": 1, "doubts": 3, "mean": 0.0, "eaten_weight": 0.0, "slope_mean": 0.3},
+    ),
+    "far below the prior as well": (
+        {"phase": 0, "radius": 0.0066, "eaten": 0.4, "slope": 0.8, "doubts": 2},
+        {"actual": 0.6, "fresh": 0.8},
+        {"radius": 0.0066 * 1.1, "phase": 1, "doubts": 3, "mean": 0.0},
+    ),
+    "and that for good": ({"phase": 0, "radius": LOW, "doubts": 3}, {"actual": 1.0, "fresh": 1.0}, {"doubts": 3}),
+    "by slopes burn-in grows": (
+        {"phase": 1, "radius": 0.04, "scale": 1.0, "eaten": 0.1, "doubts": 3},
+        {"actual": -9.0, "fresh": 0.8},
+        {**GROWS, "phase": 1, "mean": 0.1},
+    ),
+    "half of what is lost of a slope counts as eaten": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.5, "doubts": 3},
+        {"actual": -9.0, "fresh": 0.6},
+        {"factor": 1.1, "mean": 0.44},
+    ),
+    "a slope that is left lets it grow": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.2, "doubts": 3},
+        {"actual": -9.0, "fresh": 0.6},
+        {"factor": 1.2, "mean": 0.2},
+    ),
+    "one that grows counts as nothing eaten": (
+        {"phase": 0, "radius": 0.04, "eaten": 0.2, "doubts": 3},
+        {"fresh": 1.8},
+        {"factor": 1.2, "mean": 0.16},
+    ),
+    "one that has turned as far as it was does not let it shrink": (
+        {"phase": 0, "radius": 0.04, "eaten": 1.0, "doubts": 3},
+        {"fresh": -1.0},
+        {"factor": 1.1, "mean": 1.0},
+    ),
+    "one that has turned further does": (
+        {"phase": 0, "radius": 0.04, "eaten": 1.0, "doubts": 3},
+        {"fresh": -9.0},
+        {"factor": 0.7, "mean": 1.1},
+    ),
+    "without a slope it drifts": (
+        {"phase": 0, "radius": 0.04, "eaten": 1.2, "doubts": 3},
+        {"actual": 0.0},
+        {"factor": 1.1, "mean": 1.2},
+    ),
+    "a loss that is not finite is still undone": (
+        {"phase": 0, "radius": 0.04, "doubts": 3},
+        {"actual": NAN, "fresh": 1.0},
+        {**RETRY, "factor": 0.5},
+    ),
 }
 
 
@@ -414,6 +576,8 @@ def test_ratio_radius_decides(name):
         "scale": before.get("scale", 0.0 if phase else 1.0),
         "noise": before.get("noise", 0.0),
         "annealing": 1.0,
+        "doubts": before.get("doubts", 0.0),
+        "largest": before.get("largest", 0.0),
     }
     check = {"actual": 1.0, "rms": 1.0, "predicted": 1.0, **check}
     actual, rms = check.pop("actual"), check.pop("rms")
@@ -455,6 +619,7 @@ ANNEALING = {
 def after_annealing(eaten, slope, *, phase=0, weight=1.0, annealing=1.0, radius=0.04, **check):
     """Return the decision on a check that finds what is known already."""
     numbers = {"radius": radius, "phase": phase, "steady": 0.0, "scale": 0.0 if phase else 1.0, "noise": 0.0}
+    numbers |= {"doubts": 0.0, "largest": 0.0}
     numbers |= {"eaten": eaten * weight, "eaten_weight": weight, "fresh": slope * weight, "fresh_weight": weight}
     check = {"actual": 1 - eaten, "fresh": slope, "parameter_rms": 1.0, "predicted": 1.0, **check}
     evidence = Evidence(base=0.0, trial=-check.pop("actual"), **check)
@@ -509,21 +674,24 @@ def test_ratio_radius_holds_the_eaten_share_of_two_checks_before_it_calls_a_step
         ({"phase": 0, "steady": 11}, 15),
         ({"phase": 0, "steady": 12}, 20),
         ({"phase": 0, "steady": 10**6}, 20),
+        ({"phase": 0, "steady": 12, "doubts": 1}, 1),
+        ({"phase": 0, "steady": 12, "doubts": 2}, 1),
+        ({"phase": 0, "steady": 12, "doubts": 3}, 20),
     ],
 )
-def test_ratio_radius_checks_every_step_of_burn_in_and_then_the_less_often_the_steadier(numbers, expected):
-    due = [RatioRadius(interval=5).check_due(numbers, unchecked) for unchecked in range(30)]
+def test_ratio_radius_checks_every_step_of_burn_in_and_in_doubt_and_then_the_less_often_the_steadier(numbers, expected):
+    due = [RatioRadius(interval=5).check_due({"doubts": 0, **numbers}, unchecked) for unchecked in range(30)]
     assert due == [unchecked + 1 >= expected for unchecked in range(30)]
 
 
 @pytest.mark.parametrize("phase", [1, 0])
 def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing(phase):
-    numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3, "annealing": 0.5}
-    numbers |= {"eaten": 0.3, "eaten_weight": 1.0, "fresh": 0.1, "fresh_weight": 1.0}
+    numbers = {"radius": 0.1, "phase": phase, "scale": 1.0, "steady": 3, "annealing": 0.5, "doubts": 0.0}
+    numbers |= {"eaten": 0.3, "eaten_weight": 1.0, "fresh": 0.1, "fresh_weight": 1.0, "largest": 2.0}
     for trial in (1.0, 9.0, math.nan):
         evidence = Evidence(base=1.0, trial=trial, predicted=0.0, parameter_rms=1.0, fresh=1.0)
         decision = RatioRadius().update(numbers, evidence)
-        assert decision.numbers == {**numbers, "radius_low": LOW, "radius_high": HIGH}
+        assert decision.numbers == {**numbers, "largest": 2.0, "radius_low": LOW, "radius_high": HIGH}
         assert decision.accepted
 
 

@@ -86,6 +86,7 @@ def configurations(draw):
         "bad_kind": draw(st.sampled_from(["loss", "gradient", "huge"])),
         "fade": draw(st.sampled_from([1.0, 0.97, 0.8])),
         "curvature": log_uniform(-3, 3),
+        "followed": draw(st.sampled_from([1.0, 1.0, 0.4, -0.5])),  # how much of what gradients say the loss does
         "foreach": draw(st.booleans()),
         "seed": draw(st.integers(0, 10**6)),
     }
@@ -137,6 +138,7 @@ def test_every_rule_agrees_with_the_numpy_twin(rule, config):
         shift = rng.normal()
         bad = step in config["bad"]
         spoil = float("nan") if bad and config["bad_kind"] == "loss" else 0.0
+        followed = config["followed"]
 
         def loss_closure(shift=shift, spoil=spoil):
             pairs = [(k, p) for ks, ps in zip(scales, params, strict=True) for k, p in zip(ks, ps, strict=True)]
@@ -172,8 +174,8 @@ def test_every_rule_agrees_with_the_numpy_twin(rule, config):
             twin_grads = [[g * 1e6 for g in gs] for gs in twin_grads]
         for group, mirror in zip(optimizer.param_groups, twin.groups, strict=True):
             group["lr"] = mirror["lr"] = mirror["lr"] * config["fade"]
-        optimizer.step(closure, loss_closure=loss_closure)
-        twin.step(twin_grads, twin_loss(), twin_loss)
+        optimizer.step(lambda: followed * closure(), loss_closure=lambda: followed * loss_closure())  # noqa: B023
+        twin.step(twin_grads, followed * twin_loss(), lambda: followed * twin_loss())  # noqa: B023
         for ps, group in zip(params, twin.groups, strict=True):
             for p, x in zip(ps, group["x"], strict=True):
                 np.testing.assert_allclose(p.detach().numpy(), x, rtol=1e-9, atol=1e-10)
