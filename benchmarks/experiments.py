@@ -10,7 +10,7 @@ from benchmarks.search import Plan, common_rates, grid_of, reference_rate, spec_
 from benchmarks.settings import BATCHES, HORIZONS, SHAPES, retuned
 from benchmarks.specs import RunSpec, Store
 from benchmarks.summary import BUDGETS, planned
-from benchmarks.tasks import TASKS, UNSEEN, VARIANTS
+from benchmarks.tasks import SURROGATE, TASKS, UNSEEN, VARIANTS
 
 OURS = "soaa_ratio"
 PEERS = ("prodigy", "schedule_free", "momo", "dadapt")
@@ -105,6 +105,7 @@ PARTS = (
 )
 _EVERYONE = ("adamw", *PEERS, "adamw_clip", "soap", "muon", "lbfgs", OURS, "soaa_kronecker", "soaa_published")
 _CORE = ("adamw", OURS)
+_SURROGATE = ("adamw", *PEERS, "soap", "muon", OURS, f"{OURS}_no_doubts", "soaa_kronecker")
 _UNSCHEDULED = (
     *(f"{OURS}_unscheduled", f"{OURS}_unannealed", "soaa_kronecker_unscheduled", "adamw_unscheduled"),
     *(f"{OURS}_averaged", "soaa_kronecker_averaged", "adamw_averaged"),
@@ -125,6 +126,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment("parts", regret, ("adamw", *PARTS)),
         Experiment("depth", regret, _CORE, tuple(VARIANTS)),
         Experiment("unseen", regret, _EVERYONE, tuple(UNSEEN)),
+        Experiment("surrogate", regret, _SURROGATE, tuple(SURROGATE)),
         Experiment("unscheduled", regret, ("adamw", *_UNSCHEDULED, "schedule_free"), (*TASKS, *UNSEEN)),
     )
 }

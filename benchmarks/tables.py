@@ -250,6 +250,7 @@ GRIDS: dict[str, Callable[[Plan, Store], list[Grid]]] = {
     "regret": regret_grids,
     "depth": regret_grids,
     "unseen": regret_grids,
+    "surrogate": regret_grids,
     "unscheduled": unscheduled_grids,
     "constants": constant_grids,
     "parts": regret_grids,

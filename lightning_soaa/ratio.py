@@ -32,9 +32,11 @@ STEADY, STRETCHES = 4, 3
 LOST = 1 / 100
 # Below this share of its prior a check may find the loss not to follow its gradient; slopes begin there.
 FAR = 1 / 30
-# Checks in a row that find the loss not to follow its gradient; from then on slopes steer.
+# Checks, beyond those that do not, that find the loss not to follow its gradient; from then on slopes steer.
 DOUBTS = 3
-# Above the floor, the least slope that is then left, and the least sum of it and twice the share eaten, which is 1 on a
+# Up to so many times the floor, curvature that eats too much is none.
+NEAR = 3.0
+# Above that, the least slope that is then left, and the least sum of it and twice the share eaten, which is 1 on a
 # quadratic and less in noise. Steps that curvature or a rugged loss limits were not seen to leave as much so far below.
 LEFT, SUM = 0.6, 1.5
 # A reduction below this share of the largest loss so far raises no doubt: what goes into a loss rounds on that scale.
@@ -73,9 +75,9 @@ class RatioRadius(AbstractRadius):
       its prior and curvature eats next to nothing, burn-in is taken up again, up to the prior.
     - A loss may not follow its gradient, as where a target or a code is detached or an estimator is straight-through.
       Curvature cannot eat ``1 - target`` of a step at the floor; nor, on a quadratic, a share that is more than half of
-      what is missing from the slope. Where it seems to in three checks in a row, at the floor, or with most of the
-      slope left below 1/30 of the prior, ratios mean nothing. From then on the slopes that the next batches find stand
-      in for them, ``(1 - slope) / 2`` for the share eaten: burn-in is taken up from 1/30 of the prior, the radius
+      what is missing from the slope. Where it seems to in three more checks than not, close to the floor, or with most
+      of the slope left below 1/30 of the prior, ratios mean nothing. From then on the slopes that the next batches find
+      stand in for them, ``(1 - slope) / 2`` for the share eaten: burn-in is taken up from 1/30 of the prior, the radius
       shrinks where the mean slope is below -1, and a step is undone only if its loss is not finite.
 
     A gradient far outside the recent distribution is left out, see :mod:`lightning_soaa.gate`.
@@ -242,16 +244,18 @@ class RatioRadius(AbstractRadius):
         return {"radius": max(radius, low), "phase": 0, "steady": 0.0, "scale": new["scale"] or prior / self.relative}
 
     def _doubt(self, new: Numbers, share: float, radius: float, *, prior: float, high: float) -> Numbers:
-        """Return how many checks in a row, this one of `radius` included, found the loss not to follow its gradient.
+        """Return how many more checks than not, with this one of `radius`, found the loss not to follow its gradient.
 
         The last of them begins anew by slopes.
         """
+        if radius >= FAR * prior:
+            return {"doubts": 0.0}
         eaten, fresh = _eaten_and_fresh(new)
-        least = 1.01 * high * FLOOR / CEILING  # a floor that is higher, at the parameters' resolution, tells nothing
-        stuck = radius <= least and share > 1 - self.target
-        eats = share > (1 - self.target) / 2
-        unlike = least < radius < FAR * prior and eats and fresh > LEFT and fresh + 2 * eaten > SUM
-        doubts = {"doubts": new["doubts"] + 1 if stuck or unlike else 0.0}
+        if radius <= NEAR * high * FLOOR / CEILING:  # a floor that is higher, at the parameters' resolution, is no such
+            unlike = share > 1 - self.target
+        else:
+            unlike = share > (1 - self.target) / 2 and fresh > LEFT and fresh + 2 * eaten > SUM
+        doubts = {"doubts": max(0.0, new["doubts"] + (1 if unlike else -1))}
         if not by_slopes(doubts):
             return doubts
         begun = {"phase": 1, "scale": new["scale"] or prior / self.relative, "radius": max(new["radius"], FAR * prior)}

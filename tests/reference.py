@@ -277,10 +277,10 @@ class ReferenceSOAA:
                 self.d = max(0.975 * self.d, prior)
         self.d = max(self.d, low)
         if not slopes and abs(promised) > max(noise, 1e-6 * self.largest):
-            least = 1.01e-4 * high
-            unlike = least < radius < prior / 30 and share > excess / 2 and slope > 0.6 and slope + 2 * eaten > 1.5
+            least = 3e-4 * high
+            unlike = radius > least and share > excess / 2 and slope > 0.6 and slope + 2 * eaten > 1.5
             stuck = radius <= least and share > excess
-            self.doubts = self.doubts + 1 if unlike or stuck else 0
+            self.doubts = max(0, self.doubts + (1 if unlike or stuck else -1)) if radius < prior / 30 else 0
             if self.doubts == 3:
                 self.phase, self.steady, self.eaten, eaten = 1, 0, [0.0, 0.0], 0.0
                 self.scale, self.d = self.scale or prior / self.options["relative"], max(self.d, prior / 30)

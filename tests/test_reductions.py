@@ -446,20 +446,25 @@ DECISIONS = {
         {"radius": LOW, "doubts": 1},
     ),
     "also in burn-in": ({"phase": 1, "radius": LOW}, {"actual": 0.5}, {**GROWS, "doubts": 1}),
-    "and a rounding above": (
-        {"phase": 0, "radius": 1.009 * LOW, "eaten": 0.5, "doubts": 1},
+    "and up to 3 times the floor": (
+        {"phase": 0, "radius": 2.9 * LOW, "eaten": 0.5, "doubts": 1},
         {"actual": 0.5},
-        {"radius": LOW, "doubts": 2},
+        {"factor": 0.7, "doubts": 2},
     ),
     "not where it follows": (
         {"phase": 0, "radius": LOW, "eaten": 0.5, "doubts": 2},
         {"actual": 0.61},
+        {"doubts": 1},
+    ),
+    "where there is no doubt none is taken away": (
+        {"phase": 0, "radius": LOW, "eaten": 0.5},
+        {"actual": 0.61},
         {"doubts": 0},
     ),
-    "nor off the floor": (
-        {"phase": 0, "radius": 1.02 * LOW, "eaten": 0.5, "doubts": 2},
+    "nor further off the floor": (
+        {"phase": 0, "radius": 3.1 * LOW, "eaten": 0.5, "doubts": 2},
         {"actual": 0.5},
-        {"radius": LOW, "doubts": 0},
+        {"factor": 0.7, "doubts": 1},
     ),
     "nor at one that is the parameters' resolution": (
         {"phase": 0, "radius": BF16, "eaten": 0.5, "doubts": 2},
@@ -489,17 +494,17 @@ DECISIONS = {
     "nor where less than 0.6 of the slope is left": (
         {"phase": 0, "radius": 0.0066, "eaten": 0.6, "slope": 0.59, "doubts": 2},
         {"actual": 0.4, "fresh": 0.59},
-        {"factor": 0.7, "doubts": 0},
+        {"factor": 0.7, "doubts": 1},
     ),
     "nor where curvature may have taken what is missing": (
         {"phase": 0, "radius": 0.0066, "eaten": 0.3, "slope": 0.89, "doubts": 2},
         {"actual": 0.7, "fresh": 0.89},
-        {"factor": 1.2, "doubts": 0},
+        {"factor": 1.2, "doubts": 1},
     ),
     "nor by a mean that this check does not bear out": (
         {"phase": 0, "radius": 0.0066, "eaten": 0.6, "slope": 0.9, "doubts": 2},
         {"actual": 0.81, "fresh": 0.9},
-        {"doubts": 0},
+        {"doubts": 1},
     ),
     "nor does a promise that the loss's rounding may hide": (
         {"phase": 0, "radius": LOW, "doubts": 2, "largest": 1e6},
@@ -511,7 +516,7 @@ DECISIONS = {
         {"actual": 0.5},
         {"doubts": 2},
     ),
-    "the third check in a row begins anew by slopes": (
+    "the third check begins anew by slopes": (
         {"phase": 0, "radius": LOW, "eaten": 0.5, "slope": 0.3, "doubts": 2},
         {"actual": 0.5},
         {"radius": PRIOR / 30, "phase": 1, "doubts": 3, "mean": 0.0, "eaten_weight": 0.0, "slope_mean": 0.3},

@@ -1,9 +1,10 @@
 """The tasks by name: `TASKS` make up the regret table, `VARIANTS` are the same tasks in other sizes.
 
-`UNSEEN` are others, written after the rules had been chosen.
+`UNSEEN` are others, written after the rules had been chosen. The losses of `SURROGATE` jump, or do not follow their
+gradients.
 """
 
-from benchmarks.tasks import images, smooth, text, unseen
+from benchmarks.tasks import images, smooth, surrogate, text, unseen
 from benchmarks.tasks.base import Task
 
 _FAMILIES = {
@@ -11,12 +12,14 @@ _FAMILIES = {
     "text": [*text.TASKS, *text.VARIANTS],
     "smooth": [*smooth.TASKS, *smooth.VARIANTS],
     "unseen": [*unseen.UNSEEN],
+    "surrogate": [*surrogate.SURROGATE],
 }
 _FAMILY_OF = {task.name: label for label, tasks in _FAMILIES.items() for task in tasks}
 TASKS: dict[str, Task] = {task.name: task for family in (images, text, smooth) for task in family.TASKS}
 VARIANTS: dict[str, Task] = {task.name: task for family in (images, text, smooth) for task in family.VARIANTS}
 UNSEEN: dict[str, Task] = {task.name: task for task in unseen.UNSEEN}
-ALL = TASKS | VARIANTS | UNSEEN
+SURROGATE: dict[str, Task] = {task.name: task for task in surrogate.SURROGATE}
+ALL = TASKS | VARIANTS | UNSEEN | SURROGATE
 
 
 def family_of(name: str) -> str:
@@ -31,4 +34,4 @@ def get_task(name: str) -> Task:
     return ALL[name]
 
 
-__all__ = ["ALL", "TASKS", "UNSEEN", "VARIANTS", "Task", "family_of", "get_task"]
+__all__ = ["ALL", "SURROGATE", "TASKS", "UNSEEN", "VARIANTS", "Task", "family_of", "get_task"]
