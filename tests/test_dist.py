@@ -12,11 +12,11 @@ from lightning_soaa import DiagonalFisher, FixedRadius, KroneckerFisher, Publish
 
 RULES = {
     "fixed": (FixedRadius(0.05), DiagonalFisher()),
-    "published": (PublishedRadius(20), DiagonalFisher()),
+    "published": (PublishedRadius(60), DiagonalFisher()),
     "ratio": (RatioRadius(interval=2), DiagonalFisher()),
     "kronecker": (RatioRadius(interval=2), KroneckerFisher(refresh_every=3)),
 }
-STEPS, NAN_STEPS, REJECTED = 20, {1, 12}, 6
+STEPS, NAN_STEPS, REJECTED = 60, {1, 12}, 6
 
 
 def train(rule, fisher, rank):
