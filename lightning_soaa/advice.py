@@ -6,6 +6,7 @@ from statistics import median, quantiles
 from typing import NamedTuple
 
 from lightning_soaa._watch import LAST_LOSSES, Check, Watch
+from lightning_soaa.ratio import ROUNDING
 
 # A radius on its way through a bound, or at one for a few bad batches, is there for fewer checks than this.
 PINNED_CHECKS = 20
@@ -21,8 +22,6 @@ RATIO_CHECKS = 12
 # Interquartile range of a normal distribution over its standard deviation. Quartiles, so that the one batch on which a
 # step went far wrong (ratios of -100 occur) does not pass for scatter.
 QUARTILES_OF_NORMAL = 1.349
-# Losses equal up to this share are equal: 8 units in the last place of float32.
-ROUNDING = 1e-6
 # The gap is one draw of a random difference, which can by chance be several times smaller than a typical one: 1 % seen
 # may be 5 % in the ratios, of which radius rules resolve about 10 %.
 GAP_SHARE = 0.01

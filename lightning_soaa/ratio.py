@@ -39,7 +39,8 @@ NEAR = 3.0
 # Above that, the least slope that is then left, and the least sum of it and twice the share eaten, which is 1 on a
 # quadratic and less in noise. Steps that curvature or a rugged loss limits were not seen to leave as much so far below.
 LEFT, SUM = 0.6, 1.5
-# A reduction below this share of the largest loss so far raises no doubt: what goes into a loss rounds on that scale.
+# A reduction below this share of the largest loss so far raises no doubt: what goes into a loss rounds on that scale,
+# by 8 units in the last place of float32.
 ROUNDING = 1e-6
 
 

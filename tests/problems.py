@@ -7,6 +7,17 @@ from lightning_soaa import SOAA, FixedRadius, PublishedRadius, RatioRadius
 RULES = {"fixed": FixedRadius(0.5), "published": PublishedRadius(50), "ratio": RatioRadius()}
 
 
+class Believing(RatioRadius):
+    """Goes by ratios whatever they say, as RatioRadius does where the floor is the parameters' resolution."""
+
+    doubts = False
+
+
+def rounded(weight):
+    """Straight-through: rounded to eighths forward, as it is backward."""
+    return weight + ((weight * 8).round() / 8 - weight).detach()
+
+
 class Problem:
     """A float64 regression whose optimizer can be stepped one batch at a time.
 

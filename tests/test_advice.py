@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_models import QUIET, manual_step
+from problems import Believing, rounded
 from test_host_syncs import CountReads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -507,21 +508,14 @@ class Reversed(Mixed):
             p.grad.neg_()
 
 
-class Believing(RatioRadius):
-    """Goes by ratios whatever they say, as RatioRadius does where the floor is the parameters' resolution."""
-
-    doubts = False
-
-
 class StraightThrough(Mixed):
     """Its weights are rounded to eighths forward, not backward."""
 
     def training_step(self, batch, batch_idx):
-        exact = {name: p.detach().clone() for name, p in self.named_parameters()}
-        rounded = {name: p + ((p * 8).round() / 8 - p).detach() for name, p in self.named_parameters()}
-        return torch.func.functional_call(self, rounded, (batch, exact))
+        weights = {name: rounded(p) for name, p in self.named_parameters()}
+        return torch.func.functional_call(self, weights, (batch,))
 
-    def forward(self, batch, exact):
+    def forward(self, batch):
         return self.loss(batch)
 
 

@@ -76,7 +76,7 @@ LAYERS = {
     "metrics": ({"report"}, FRONT),
     "console": (set(), {"rich"}),
     "_watch": ({"ratio", "report"}, set()),
-    "advice": ({"_watch"}, set()),
+    "advice": ({"_watch", "ratio"}, set()),
     "_points": (set(), {"numpy"}),
     "_runs": ({"_points", "_watch", "advice", "report"}, {"numpy", "tensorboard"}),
     "_plots": ({"_points", "_runs"}, {"matplotlib", "numpy"}),

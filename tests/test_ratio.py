@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Believing, drive, rounded
 from problems import Problem as Noise
-from problems import drive
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -403,17 +403,6 @@ def test_a_radius_that_was_thrown_far_below_its_prior_is_back_within_thirty_step
 # Losses that do not follow their gradients
 
 
-def rounded(weights):
-    """Straight-through: rounded to eighths forward, as they are backward."""
-    return [w + ((w * 8).round() / 8 - w).detach() for w in weights]
-
-
-class Believing(RatioRadius):
-    """RatioRadius that goes by ratios whatever they say."""
-
-    doubts = False
-
-
 class Surrogate:
     """A regression on one batch, whose loss does not follow its gradient.
 
@@ -431,7 +420,7 @@ class Surrogate:
 
     def loss(self):
         straight = self.kind == "straight_through"
-        first, second = rounded(self.weights) if straight else self.weights
+        first, second = map(rounded, self.weights) if straight else self.weights
         guess = (self.x @ first if straight else torch.tanh(self.x @ first)) @ second
         target = self.x.sum(1) if straight else self.x.sum(1) + 0.5 * guess.detach().roll(1)
         return (guess - target).square().mean()

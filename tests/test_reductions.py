@@ -696,7 +696,7 @@ def test_ratio_radius_learns_nothing_from_a_step_that_promises_nothing(phase):
     for trial in (1.0, 9.0, math.nan):
         evidence = Evidence(base=1.0, trial=trial, predicted=0.0, parameter_rms=1.0, fresh=1.0)
         decision = RatioRadius().update(numbers, evidence)
-        assert decision.numbers == {**numbers, "largest": 2.0, "radius_low": LOW, "radius_high": HIGH}
+        assert decision.numbers == {**numbers, "radius_low": LOW, "radius_high": HIGH}
         assert decision.accepted
 
 
